@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bindllm.serving.constraint import json_grammar
+from bindllm.model.generation.constraint import json_grammar
 from serving_parts import FakeEngine, client_of, data_uri, png
 from tiny import tiny_model
 

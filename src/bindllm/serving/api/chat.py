@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from bindllm.model.generation.calls import Call
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import ChatBody, answer_grammar
-from bindllm.serving.api.tools import Call, CallReader
+from bindllm.serving.api.tools import CallReader, for_client
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -64,7 +65,7 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     for number, (text, calls) in enumerate(zip(texts, called, strict=True)):
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": text or None, "tool_calls": [call.for_client() for call in calls]}
+            message |= {"content": text or None, "tool_calls": [for_client(call) for call in calls]}
         choices.append(
             {
                 "index": number,
@@ -118,7 +119,7 @@ async def stream_chat(
             if text or piece.logprobs:
                 yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
             if calls:
-                deltas = [call.for_client(index) for index, call in enumerate(calls)]
+                deltas = [for_client(call, index) for index, call in enumerate(calls)]
                 yield event(number, {"tool_calls": deltas})
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:

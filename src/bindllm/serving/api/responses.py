@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+from bindllm.model.generation.calls import Call
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import COMMENT, KEEP_ALIVE, Neighbors, split, sse, token_logprobs
 from bindllm.serving.api.errors import ApiError, as_api_error, shown
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import FunctionChoice, ResponsesBody, answer_grammar
-from bindllm.serving.api.tools import Call, uses_tools
+from bindllm.serving.api.tools import function_of, uses_tools
 from bindllm.serving.request import Piece
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -267,5 +268,5 @@ def _call(call: Call) -> dict[str, Any]:
         "type": "function_call",
         "status": "completed",
         "call_id": call.id,
-        **call.function,
+        **function_of(call),
     }

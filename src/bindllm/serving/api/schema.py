@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bindllm.model.generation.constraint import json_grammar
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.constraint import json_grammar
 
 MOST_STOPS = 16
 MOST_MESSAGES = 2048
