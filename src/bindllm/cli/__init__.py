@@ -32,6 +32,7 @@ COMMANDS = {
     "few_shot": ("zero_shot", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
     "report": ("folders", "write the report of a checkpoint again"),
+    "card": ("card", "write the model card of a checkpoint, with licenses and limits"),
     "version": ("folders", "print the versions of bindllm and its dependencies"),
 }
 """Each command: the module of `bindllm.cli` that holds its function, and its purpose."""

@@ -21,7 +21,8 @@ from bindllm import __version__
 from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, check_choice
 from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
-from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, license_of, read_manifest, read_weights
+from bindllm.model.card import license_of
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
     DecoderConfig,
