@@ -8,8 +8,8 @@ import pytest
 
 from bindllm.errors import MediaError
 from bindllm.media import Media
+from bindllm.model.generation.constraint import json_grammar
 from bindllm.serving.api import chat, content
-from bindllm.serving.constraint import json_grammar
 from bindllm.serving.fetch import FetchConfig
 from serving_parts import FakeEngine, ask, client_of, data_uri, image_part, png
 from tiny import tiny_model

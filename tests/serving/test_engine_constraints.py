@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bindllm.errors import InputError, MissingExtraError
-from bindllm.serving.constraint import Constraint, json_grammar
+from bindllm.model.generation.constraint import Constraint, json_grammar
 from bindllm.serving.engine import Engine, Request
 from bindllm.serving.sampling import Sampling, choose_tokens
 from engine_parts import Listener, answers, build, conversation, draw_conversation, submit
@@ -216,7 +216,7 @@ def test_an_answer_that_cannot_be_continued_is_an_error_of_its_request(engine, m
 
     request = Request(conversation("?"), max_tokens=20)
     expected = answers(engine, [request])
-    monkeypatch.setattr("bindllm.serving.constraint.Constraint", Broken)
+    monkeypatch.setattr("bindllm.model.generation.constraint.Constraint", Broken)
     good, bad = (submit(engine, replace(request, grammar=grammar))[0] for grammar in (None, ANY_OBJECT))
     assert "cannot follow its schema any further: ParserTooComplex" in str(bad.last.error)
     assert isinstance(bad.last.error, InputError)

@@ -27,9 +27,9 @@ from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError
 from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.generation.constraint import Grammars
 from bindllm.serving.batch import Batch, ReadPrompts
 from bindllm.serving.config import PREFILL_TOKENS, QUEUE, SLOTS, TOKENS
-from bindllm.serving.constraint import Grammars
 from bindllm.serving.request import Piece, Prompt, Request, Row, Ticket, TokenLogprob, make_input
 from bindllm.serving.sampling import choose_tokens
 

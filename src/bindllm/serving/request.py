@@ -20,7 +20,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.context.records import find_records, read_records
 from bindllm.model.decoder import num_positions
 from bindllm.model.generation import MAX_NEW_TOKENS, AnswerText, generate_options
-from bindllm.serving.constraint import Constraint
+from bindllm.model.generation.constraint import Constraint
 from bindllm.serving.sampling import Sampling, check_sampling
 from bindllm.shots import Shot
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bindllm.errors import InputError
-from bindllm.serving.constraint import Constraint
+from bindllm.model.generation.constraint import Constraint
 
 CANDIDATES = 256
 """Most likely tokens that are sorted first; nearly always the tokens of ``top_p`` are among them."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from bindllm.model.generation.calls import Call
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.errors import ApiError, as_api_error, dump
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import ChatBody, answer_grammar
-from bindllm.serving.api.tools import Call, CallReader
+from bindllm.serving.api.tools import CallReader, for_client
 from bindllm.serving.request import Piece, TokenLogprob
 
 KEEP_ALIVE = 10.0
@@ -36,6 +37,7 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
         )
     form = body.response_format or {"type": "text"}
     return {
+        "messages": body.messages,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
@@ -52,10 +54,10 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
     called: list[list[Call]] = [[] for _ in range(question.choices)]
-    readers = _readers(question)
+    readers = [question.reader() for _ in range(question.choices)]
     async for found in answers.pieces():
         number, piece = found
-        text, called[number] = _split(piece, readers[number])
+        text, called[number] = split(piece, readers[number])
         texts[number] += text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
@@ -63,7 +65,7 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     for number, (text, calls) in enumerate(zip(texts, called, strict=True)):
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": text or None, "tool_calls": [call.for_client() for call in calls]}
+            message |= {"content": text or None, "tool_calls": [for_client(call) for call in calls]}
         choices.append(
             {
                 "index": number,
@@ -102,7 +104,7 @@ async def stream_chat(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return sse({**head, "choices": [choice], **rest})
 
-    readers = _readers(question)
+    readers = [question.reader() for _ in range(question.choices)]
     try:
         # Clients take the role from the first chunk of each choice.
         for number in range(question.choices):
@@ -112,12 +114,12 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
-            text, calls = _split(piece, readers[number])
+            text, calls = split(piece, readers[number])
             # The last piece may have neither, and an empty delta would look like a token.
             if text or piece.logprobs:
                 yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
             if calls:
-                deltas = [call.for_client(index) for index, call in enumerate(calls)]
+                deltas = [for_client(call, index) for index, call in enumerate(calls)]
                 yield event(number, {"tool_calls": deltas})
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
@@ -157,19 +159,14 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
 
 
-def _readers(question: Question) -> list[CallReader | None]:
-    tools = question.tools
-    return [None if tools is None else CallReader(tools) for _ in range(question.choices)]
-
-
-def _split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
+def split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
     """Return the text of a piece without parts of calls, and with the last piece the calls of the answer."""
     if reader is None:
         return piece.text, []
     text = reader.add(piece.text)
     if piece.finish is None:
         return text, []
-    held, calls = reader.end()
+    held, calls = reader.end(is_cut=piece.finish == "length")
     return text + held, calls
 
 
