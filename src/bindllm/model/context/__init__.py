@@ -54,10 +54,16 @@ class ContextConfig:
     text_length: int = 32
     """Tokens of a record's text that are read; longer texts are cut, and counted."""
 
+    own_records: float = 0.0
+    """Share of the training media, 0 to 1, whose nearest record is their own, so that its text is the answer: the model
+    learns to copy a record that fits. The others never find their own."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.own_records <= 1:
+            raise InputError(f"context.own_records is {self.own_records}, expected a share from 0 to 1")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "latents" and value == "all":
+            if (field.name == "latents" and value == "all") or field.name == "own_records":
                 continue
             if type(value) is not int or not 1 <= value <= _MOST:
                 raise InputError(
