@@ -25,7 +25,7 @@ from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
 from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response
-from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
+from bindllm.serving.api.responses import ResponseWriter, response_fields
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
 from bindllm.serving.config import ServeConfig
@@ -100,7 +100,7 @@ class Endpoints:
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """Answer a conversation."""
-        question = await self._read(request, body, body.messages, **chat_fields(body))
+        question = await self._read(request, body, **chat_fields(body))
         options = body.stream_options
         usage = options is not None and bool(options.include_usage)
         return await self._answer(
@@ -112,7 +112,7 @@ class Endpoints:
 
     async def responses(self, body: ResponsesBody, request: HttpRequest) -> Response:
         """Answer a conversation, in the form of the Responses API."""
-        question = await self._read(request, body, response_messages(body), **response_fields(body))
+        question = await self._read(request, body, **response_fields(body))
 
         def stream(answers: Answers, neighbors: Neighbors, first: Any) -> AsyncIterator[bytes]:
             return ResponseWriter(body, question, answers, neighbors).stream(first)
@@ -144,10 +144,10 @@ class Endpoints:
         """Return the numbers of the server for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _read(self, request: HttpRequest, body: Any, messages: Any, **fields: Any) -> Question:
+    async def _read(self, request: HttpRequest, body: Any, **fields: Any) -> Question:
         """Read a question in a thread: decoding large media and downloads must not stop the streams of others."""
         allowance: Allowance = request.state.allowance
-        given = (body, messages, self._engine.model, self._config)
+        given = (body, self._engine.model, self._config)
         work = self._readers.run(allowance.left, read_question, *given, **fields)
         question = await _unless_client_leaves(request, work)
         sources = [item.source for group in question.request.conversation.media_groups for item in group]

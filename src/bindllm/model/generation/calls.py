@@ -6,8 +6,10 @@ Nothing is run. A call is a text of the model.
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +39,13 @@ class Call:
         name: of the tool.
         arguments: a JSON object.
         stop: the character of the text after the call.
+        id: by which the result names the call.
     """
 
     name: str
     arguments: dict[str, Any]
     stop: int
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,42 @@ class CallForm:
         keys = tuple(value) if has_name_first else tuple(value)[::-1]
         return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
-    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        """Return the grammar of an answer that calls one of some functions, or several if the template can."""
-        rules, (before, middle, after) = [], self.pieces
+    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool, required: bool) -> str:
+        """Return the grammar of an answer that may or must call some functions.
+
+        Args:
+            functions: those that may be called.
+            several: whether it may have several calls, if the template can write them.
+            required: whether it is a call; else it is any text, up to the mark of a call, if there is one.
+        """
+        mark, rules, heads = self.start.strip(), [], []
+        # Without a mark, only the first keys of the object show that an answer will be a call.
+        has_heads = not required and not mark
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-            start, end = before + function["name"] + middle, after
-            if not self.has_name_first:
-                start, end = before, middle + function["name"] + after
-            rules.append(f"call{number}: {_literal(start)} {json_rule(schema)} {_literal(end)}")
+            (before, middle, end), name = self.pieces, function["name"]
+            start, end = (
+                (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
+            )
+            heads.append(_spaced(start))
+            start = f"/{heads[-1]}/" if has_heads else _literal(start)
+            rules.append(f"call{number}: {start} {json_rule(schema)} {_literal(end)}")
         again = f"({_literal(self.between)} call)*" if several and self.between else ""
-        start = f"start: {_literal(self.start.lstrip())} call {again} {_literal(self.end.rstrip())}"
+        calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
-        return "\n".join((start, f"call: {names}", *rules))
+        if required:
+            start = [f"start: {_literal(self.start.lstrip())} {calls}"]
+        elif mark:
+            # A lazy text ends with its first mark, so all that follows has to be a call.
+            rest = _literal(self.start.lstrip().removeprefix(mark))
+            start = [
+                f"start: ANY | marked {rest} {calls}",
+                f"marked[lazy]: ANY {_literal(mark)}",
+                "ANY: /(?s:.*)/",
+            ]
+        else:
+            start = [f"start: OTHER | {calls}", f"OTHER: /(?s:.*)/ & ~/({'|'.join(heads)})(?s:.*)/"]
+        return "\n".join((*start, f"call: {names}", *rules))
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""
@@ -117,7 +144,8 @@ class CallForm:
         # The end is missing if the model has ended the answer right after the object.
         if (
             not isinstance(value, dict)
-            or {*value} != {*self.keys}
+            # In the order of the template, which the grammar waits for.
+            or tuple(value) != self.keys[:: 1 if self.has_name_first else -1]
             or (text[stop:] and not text.startswith(end, stop))
         ):
             return None
@@ -169,6 +197,11 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         except ValueError:
             stop = at + 1
         at = text.find("{", stop)
+
+
+def _spaced(text: str) -> str:
+    """Return a regular expression of the beginning of a JSON object, with any white space between its signs."""
+    return r"\s*".join(("", *map(re.escape, re.findall(r'[{}:,]|"[^"]*"', text)), ""))
 
 
 def _literal(text: str) -> str:

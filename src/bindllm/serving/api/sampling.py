@@ -19,8 +19,8 @@ from bindllm.model.generation import shots_limit
 from bindllm.report.page import thumbnail
 from bindllm.serving.api.content import ContentReader, choose_cache
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.api.schema import ChatBody, SampledBody
-from bindllm.serving.api.tools import Tools, read_tools
+from bindllm.serving.api.schema import ChatBody, ResponsesBody, SampledBody
+from bindllm.serving.api.tools import CallReader, Tools, read_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
 from bindllm.serving.request import Request
@@ -52,13 +52,17 @@ class Question:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def reader(self) -> CallReader | None:
+        """Return a reader of the calls of one choice; None: the answer is only text."""
+        return None if self.tools is None else CallReader(self.tools)
+
 
 def read_question(
-    body: SampledBody,
-    messages: Sequence[Mapping[str, Any]],
+    body: ChatBody | ResponsesBody,
     model: BindLLM,
     config: ServeConfig,
     *,
+    messages: Sequence[Mapping[str, Any]],
     max_tokens: int | None,
     logprobs: int | None,
     choices: int = 1,
@@ -68,10 +72,10 @@ def read_question(
     """Turn a body into a request.
 
     Args:
-        body: fields that all endpoints share.
-        messages: the conversation.
+        body: fields that both endpoints share.
         model: answers it.
         config: limits, and the name of the model.
+        messages: the conversation.
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers.
@@ -88,8 +92,8 @@ def read_question(
         raise ApiError(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
-    tools = read_tools(body, model.tokenizer) if isinstance(body, ChatBody) else None
-    if tools is not None and tools.grammar is not None:
+    tools = read_tools(body, model.tokenizer, has_format=settings.get("grammar") is not None)
+    if tools is not None:
         settings["grammar"] = tools.grammar
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
