@@ -16,7 +16,6 @@ from bindllm.evaluation.task import MODEL
 from bindllm.report.report import METRICS_FILE, ROW_FILES
 from bindllm.report.summary import KEYS, METRICS, summarize
 
-
 _KEYS = {"benchmark", "title", "metric", "data", "settings", "counts", "scores", "groups", "media", "notes"}
 
 
