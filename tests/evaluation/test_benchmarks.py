@@ -16,9 +16,15 @@ from cache_parts import Multimodal
 from tiny import save_tiny_decoder, tiny_model
 
 
+class Everything(Multimodal):
+    """Also serves videos and point clouds, whose files it does not open."""
+
+    modalities = (*Multimodal.modalities, "video", "point")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_model(save_tiny_decoder(tmp_path_factory.mktemp("decoder")), encoders=[Multimodal()])
+    return tiny_model(save_tiny_decoder(tmp_path_factory.mktemp("decoder")), encoders=[Everything()])
 
 
 @pytest.fixture(scope="module", params=list(BENCHMARKS))
