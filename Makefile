@@ -1,8 +1,8 @@
 # Set-up and everyday commands. `make` lists them. None needs root, a compiler or an account.
 
 VENV ?= .venv
-RECIPE ?= recipes/quickstart.yaml
-RUN ?= checkpoints/quickstart
+RECIPE ?= recipes/scenes.yaml
+RUN ?= checkpoints/scenes
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14
 python := $(VENV)/bin/python
 bindllm := $(VENV)/bin/bindllm
