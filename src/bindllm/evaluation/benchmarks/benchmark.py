@@ -43,7 +43,7 @@ class Entry:
         shots: records of worked examples before the question.
         facts: further values for the parser or the metric.
         problem: why it cannot be asked; empty: it can.
-        row: the conversation, if the reader makes it itself; then there is no record.
+        row: the conversation, if the reader makes it itself instead of a record.
     """
 
     id: str
