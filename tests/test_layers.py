@@ -15,7 +15,7 @@ ROOMS = [
     *("errors", "atomic", "imports", "parallel", "media", "conversation", "shots"),
     *("encoders", "testing", "embeddings", "cache"),
     *("model", "data", "objectives", "evaluation", "report", "training"),
-    *("convert", "quickstart", "serving", "cli"),
+    *("convert", "quickstart", "reasoning", "serving", "cli"),
 ]
 MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 500, 60, 12
 

@@ -244,7 +244,9 @@ def test_the_grammar_lets_no_other_answer_pass(model):
     grammars = Grammars(model)
 
     def passes(text, functions, several) -> bool:
-        constraint = grammars.compile(form.grammar([tool["function"] for tool in functions], several=several))
+        constraint = grammars.compile(
+            form.grammar([tool["function"] for tool in functions], most=None if several else 1)
+        )
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
         return constraint._matcher.try_consume_tokens(ids) == len(ids) and constraint._matcher.is_accepting()
 

@@ -6,6 +6,7 @@ Nothing is run. A call is a text of the model.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # A call that no client asks for, to see how a template writes one.
 _NAME, _ARGUMENTS = "bindllm_tool", {"bindllm_argument": "value"}
+
+
+# Between the parts of a call, as templates write them. More would let a small model write spaces until it is cut.
+_SPACE = " ?"
 
 
 def _no_constant(name: str) -> None:
@@ -89,19 +94,41 @@ class CallForm:
         keys = tuple(value) if has_name_first else tuple(value)[::-1]
         return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
-    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        """Return the grammar of an answer that calls one of some functions, or several if the template can."""
+    def grammar(
+        self, functions: Sequence[Mapping[str, Any]], *, most: int | None, required: bool = True
+    ) -> str:
+        """Return the grammar of an answer that calls functions.
+
+        Args:
+            functions: as OpenAI's API describes them.
+            most: largest number of calls, if the template can write several; None: any.
+            required: whether the answer is calls only. If not, any text may come before them, or stand for them.
+        """
         rules, (before, middle, after) = [], self.pieces
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
             start, end = before + function["name"] + middle, after
             if not self.has_name_first:
                 start, end = before, middle + function["name"] + after
-            rules.append(f"call{number}: {_literal(start)} {json_rule(schema)} {_literal(end)}")
-        again = f"({_literal(self.between)} call)*" if several and self.between else ""
-        start = f"start: {_literal(self.start.lstrip())} call {again} {_literal(self.end.rstrip())}"
+            rules.append(f"call{number}: {_literal(start)} {json_rule(schema, space=_SPACE)} {_literal(end)}")
+        times = "*" if most is None else f"{{0,{most - 1}}}"
+        again = f"({_literal(self.between)} call){times}" if most != 1 and self.between else ""
+        calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
-        return "\n".join((start, f"call: {names}", *rules))
+        mark = self.start.lstrip()
+        if not required and mark:
+            # Free text ends where the mark is complete: text in front of a call, or an answer without a mark.
+            rules.append(f"lead[suffix={_literal(mark)}]: /(.|\\n)*/")
+            inside = re.escape(mark.rstrip()).replace("/", "\\/")
+            rules.append(f"FREE: /(.|\\n)+/ & ~/(.|\\n)*{inside}(.|\\n)*/")
+            calls = f"lead {calls} | FREE"
+        elif not required:
+            # Without a mark, a call begins the answer.
+            rules.append(r"FREE: /[^{](.|\n)*/")
+            calls = f"{calls} | FREE"
+        else:
+            calls = f"{_literal(mark)} {calls}"
+        return "\n".join((f"start: {calls}", f"call: {names}", *rules))
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""

@@ -37,7 +37,7 @@ class Tools:
     def grammar(self) -> str | None:
         """The grammar of the answer; None: any text."""
         functions = [tool["function"] for tool in self.tools if tool["function"]["name"] in self.required]
-        return self.form.grammar(functions, several=self.several) if functions else None
+        return self.form.grammar(functions, most=None if self.several else 1) if functions else None
 
 
 def read_tools(body: ChatBody, tokenizer: PreTrainedTokenizerBase) -> Tools | None:
