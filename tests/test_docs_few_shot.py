@@ -10,9 +10,9 @@ import pytest
 
 from bindllm import BindLLM, Media
 from bindllm.cli.arguments import read_command
-from bindllm.cli.evaluate import few_shot
 from bindllm.cli.generate import NUM_SHOTS, generate
 from bindllm.cli.index import datastore
+from bindllm.cli.zero_shot import few_shot
 from bindllm.evaluation import task
 from bindllm.evaluation.support import POOL
 from bindllm.model.generation import MAX_NEW_TOKENS

@@ -52,7 +52,7 @@ def _here(project, monkeypatch):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_runs(words, capsys):
-    assert words[:2] == ["bindllm", "evaluate"]
+    assert words[:2] == ["bindllm", "zero_shot"]
     assert main([*words[1:], "--device", "cpu"]) == 0
     assert " media measured" in capsys.readouterr().out
 

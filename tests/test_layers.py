@@ -14,8 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
     *("errors", "atomic", "imports", "parallel", "media", "conversation", "shots"),
     *("encoders", "testing", "embeddings", "cache"),
-    *("model", "data", "objectives", "evaluation", "report", "training"),
-    *("convert", "quickstart", "reasoning", "serving", "cli"),
+    *("model", "data", "objectives", "evaluation", "report", "card", "training"),
+    *("convert", "quickstart", "reasoning", "serving", "lmms_eval", "cli"),
 ]
 MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 500, 60, 12
 

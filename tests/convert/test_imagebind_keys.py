@@ -12,7 +12,7 @@ from bindllm.convert.keymap import Rule, rename
 from bindllm.encoders.imagebind.config import HUGE, TRUNKS, read_config
 from bindllm.encoders.imagebind.network import Trunk
 from bindllm.errors import CheckpointError
-from bindllm.model.checkpoint import licenses
+from bindllm.model.card import licenses
 from goldens import hollow, keys
 from imagebind_small import HEADS, published_heads, small_state, write_small_imagebind
 

@@ -16,6 +16,7 @@ from bindllm.data.collate import answer_batch
 from bindllm.data.rows import tokenize
 from bindllm.errors import InputError, MissingExtraError
 from bindllm.evaluation import task
+from bindllm.evaluation.answering import input_digests
 from bindllm.evaluation.captions import (
     METRICS,
     caption_metrics,
@@ -26,7 +27,6 @@ from bindllm.evaluation.captions import (
 )
 from bindllm.evaluation.task import (
     VARIANTS,
-    input_digests,
     loss_metrics,
     media_name,
     shuffle_media,

@@ -100,6 +100,52 @@ def test_dora_is_its_formula():
     torch.testing.assert_close(decoder(IDS).logits, plain(IDS).logits, atol=2e-4, rtol=1e-3)
 
 
+MIXED = torch.tensor([[-1] * IDS.shape[1], [-1, *[0] * (IDS.shape[1] - 1)]])
+"""A row of text, and one whose tokens after the first listen to media."""
+
+
+def tuned_decoder(family, **adapter):
+    """A decoder with a trained adapter and a zero injection of kind residual; the same tensors at each call."""
+    torch.manual_seed(0)
+    decoder = tiny_decoder(family)
+    for parameter in Adapter(decoder, AdapterConfig(rank=4, **adapter)).parameters().values():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    width = decoder.config.get_text_config().hidden_size
+    return decoder, Injection(decoder, InjectConfig("residual")), torch.zeros(2, 1, width)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_media_only_leaves_text_to_the_base_model(family):
+    base = tiny_decoder(family)(IDS).logits
+    decoder, _, bind = tuned_decoder(family, media_only=True)
+    every, _, _ = tuned_decoder(family)
+    assert torch.equal(decoder(IDS).logits, base)
+    mixed = decoder(IDS, bind=bind, media_index=MIXED).logits
+    assert torch.equal(mixed[0], base[0])
+    assert torch.equal(mixed[1, 0], base[1, 0])
+    assert not torch.allclose(mixed[1, 1:], base[1, 1:])
+    # If all tokens listen, it is the ordinary adapter.
+    listening = decoder(IDS, bind=bind, media_index=torch.zeros_like(IDS)).logits
+    torch.testing.assert_close(listening, every(IDS).logits)
+    assert torch.equal(decoder(IDS).logits, base)
+
+
+def test_media_only_with_activation_checkpointing_has_the_same_gradients(tmp_path):
+    """Two forwards with other tokens that listen, before one backward pass."""
+    folder, found = save_tiny_decoder(tmp_path), []
+    for checkpointing in (False, True):
+        model = build(folder, media_only=True)
+        model.set_trainable(["adapter"])
+        if checkpointing:
+            model.checkpoint_activations()
+        batches = tiny_batch(), tiny_batch(media_index=MIXED)
+        sum(model(**batch).logits.square().mean() for batch in batches).backward()
+        found.append([parameter.grad for parameter in model.adapter.parameters().values()])
+    assert all(gradient.any() for gradient in found[0])
+    torch.testing.assert_close(*found)
+
+
 def test_biases_and_norms_are_left_out_by_name():
     names = Adapter(tiny_decoder(), AdapterConfig(rank=2, bias=False, norm=False)).parameters()
     assert len(names) == 3 * 7 * 2
@@ -223,6 +269,8 @@ def test_decoders_and_settings_that_do_not_fit():
         Adapter(tiny_decoder(), AdapterConfig(layers=4))
     with pytest.raises(InputError, match=r"no new biases for DoRA; set adapter\.bias: false"):
         AdapterConfig(dora=True, bias=True)
+    with pytest.raises(InputError, match=r"dora and media_only: .* set one of them to false"):
+        AdapterConfig(dora=True, media_only=True)
     with pytest.raises(
         InputError, match=r"does nothing without one; give adapter\.alpha \(16 with rank 16: scale 4\)"
     ):

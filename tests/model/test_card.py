@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bindllm.model.checkpoint import licenses, write_card
+from bindllm.model.card import licenses, write_card
 
 MANIFEST = {
     "decoder": {"name": "checkpoints/some-decoder"},

@@ -135,6 +135,15 @@ def test_biases_that_the_family_has_no_place_for_are_refused(tmp_path, family, l
     assert not (tmp_path / "plain").exists()
 
 
+def test_an_adapter_for_media_only_is_not_merged_into_all_text(tmp_path):
+    checkpoint(tmp_path, adapter={"rank": 4, "media_only": True})
+    with pytest.raises(
+        CheckpointError, match=r"only tokens that listen to media .* use the checkpoint as it is"
+    ):
+        export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 def test_without_an_adapter_there_is_nothing_to_merge(tmp_path):
     checkpoint(tmp_path, adapter=None)
     with pytest.raises(CheckpointError, match=r"has no adapter.*decoder is the plain folder already"):

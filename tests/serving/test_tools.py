@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AddedToken
 
 from bindllm import Conversation, Message
 from bindllm.conversation import render
@@ -11,69 +13,27 @@ from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
 from bindllm.serving.api.tools import CallReader, Tools
 from bindllm.serving.engine import Engine
+from bindllm.serving.sampling import Sampling, choose_tokens
 from serving_parts import FakeEngine, ask, client_of, image_part
 from tiny import TEMPLATE, save_tiny_decoder, tiny_model, tiny_tokenizer
+from tool_parts import (
+    BARE,
+    BOTH,
+    CALL,
+    CALL_2,
+    CLOCK,
+    CONTROL,
+    OBJECT,
+    SILENT,
+    SWAPPED,
+    TAGS,
+    TEXT,
+    WEATHER,
+    call_text,
+    words,
+)
 
 CHAT = "/v1/chat/completions"
-HEAD = (
-    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for message in messages %}"
-)
-ASSISTANT = (
-    "{% if message.tool_calls %}<|im_start|>assistant\n"
-    "{% if message.content %}{{ message.content }}\n{% endif %}"
-)
-TAIL = (
-    "<|im_end|>\n{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-OBJECT = '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
-# As Qwen and Hermes, and as Llama 3: with one call only.
-TAGS = (
-    HEAD
-    + ASSISTANT
-    + "{% for call in message.tool_calls %}<tool_call>\n"
-    + OBJECT
-    + "\n</tool_call>{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
-    + TAIL
-)
-BARE = (
-    HEAD
-    + ASSISTANT
-    + "{% if message.tool_calls | length > 1 %}{{ raise_exception('one call only') }}{% endif %}"
-    + "{% set call = message.tool_calls[0] %}"
-    + OBJECT.replace('arguments":', 'parameters":')
-    + TAIL
-)
-# As older templates of Hermes.
-SWAPPED = TAGS.replace(
-    OBJECT, '{ "arguments": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}"}'
-)
-# Mistral's list after a control token, and OpenAI's arguments as a text.
-CONTROL = TAGS.replace("<tool_call>", "<|im_start|>")
-TEXT = TAGS.replace("arguments | tojson }}", "arguments | tojson | tojson }}")
-# Without the calls.
-SILENT = HEAD + TEMPLATE.partition("%}")[2]
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"$ref": "#/$defs/city"},
-                "days": {"type": "integer", "minimum": 1, "maximum": 9},
-            },
-            "required": ["city", "days"],
-            "additionalProperties": False,
-            "$defs": {"city": {"enum": ["Köln", "Paris"]}},
-        },
-    },
-}
-CLOCK = {"type": "function", "function": {"name": "clock"}}
-BOTH = [WEATHER, CLOCK]
 
 
 def tokenizer_of(template):
@@ -111,13 +71,6 @@ def test_a_template_that_writes_no_calls_is_refused(template, decoder):
     assert client_of(model).post(CHAT, json=ask(tools=BOTH, tool_choice="none")).status_code == 200
 
 
-def call_text(name, arguments, key="arguments") -> str:
-    return f'{{"name": "{name}", "{key}": {arguments}}}'
-
-
-CITY = '{"city": "Köln"}'
-CALL = f"<tool_call>\n{call_text('weather', CITY)}\n</tool_call>"
-CALL_2 = f"<tool_call>\n{call_text('clock', '{}')}\n</tool_call>"
 ANSWERS = [
     ("It rains.", "It rains.", []),
     (CALL, "", ["weather"]),
@@ -138,7 +91,7 @@ ANSWERS = [
 def test_calls_are_separated_from_the_text(text, content, names, size):
     reader = CallReader(Tools((WEATHER, CLOCK), (), True, CallForm.of(tokenizer_of(TAGS))))
     given = "".join(reader.add(text[at : at + size]) for at in range(0, len(text), size))
-    rest, calls = reader.end()
+    rest, calls = reader.end(is_cut=True)
     assert given + rest == content
     assert [call.name for call in calls] == names
     if names:
@@ -159,12 +112,8 @@ def test_calls_are_separated_from_the_text(text, content, names, size):
 def test_a_call_without_marks_is_a_whole_answer(text, content, names, size):
     reader = CallReader(Tools((CLOCK,), (), True, CallForm.of(tokenizer_of(BARE))))
     given = "".join(reader.add(text[at : at + size]) for at in range(0, len(text), size))
-    rest, calls = reader.end()
+    rest, calls = reader.end(is_cut=True)
     assert (given + rest, [call.name for call in calls]) == (content, names)
-
-
-def words(text) -> tuple[str, ...]:
-    return tuple(text[at : at + 5] for at in range(0, len(text), 5))
 
 
 def test_calls_have_the_shape_of_openai(model):
@@ -180,7 +129,7 @@ def test_calls_have_the_shape_of_openai(model):
     assert second["function"] == {"name": "clock", "arguments": "{}"}
     (request,) = engine.requests
     assert [tool["function"]["name"] for tool in request.conversation.tools] == ["weather", "clock"]
-    assert request.grammar is None
+    assert request.grammar == Tools(tuple(BOTH), (), True, CallForm.of(model.tokenizer)).grammar
     only = client_of(model, FakeEngine(words(CALL))).post(CHAT, json=ask(tools=BOTH)).json()["choices"][0]
     assert only["message"]["content"] is None
     cut = (
@@ -239,24 +188,102 @@ def test_a_required_call_follows_its_schema(tmp_path, template, choice):
     assert streamed.count('"tool_calls":[') == len([one for one in choices if "tool_calls" in one["message"]])
 
 
-def test_the_grammar_lets_no_other_answer_pass(model):
+def passes(model, text, functions=BOTH, *, several=True, required=False) -> bool:
+    """Whether the grammar of some tools lets a text be the whole answer."""
     form = CallForm.of(model.tokenizer)
-    grammars = Grammars(model)
+    functions = [tool["function"] for tool in functions]
+    constraint = Grammars(model).compile(form.grammar(functions, several=several, required=required))
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return constraint._matcher.try_consume_tokens(ids) == len(ids) and constraint._matcher.is_accepting()
 
-    def passes(text, functions, several) -> bool:
-        constraint = grammars.compile(
-            form.grammar([tool["function"] for tool in functions], most=None if several else 1)
-        )
-        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return constraint._matcher.try_consume_tokens(ids) == len(ids) and constraint._matcher.is_accepting()
 
-    whole = CALL.replace('"Köln"', '"Köln", "days": 3')
-    assert passes(whole, BOTH, False)
-    assert passes(f"{whole}\n{CALL_2}", BOTH, True)
-    assert not passes(f"{whole}\n{CALL_2}", BOTH, False)
-    assert not passes(CALL, BOTH, True)
-    assert not passes(whole, [CLOCK], True)
-    assert not passes(f"Hi {whole}", BOTH, True)
+WHOLE = CALL.replace('"Köln"', '"Köln", "days": 3')
+OBJECT_BARE = OBJECT.replace('arguments":', 'parameters":')
+OBJECT_SWAPPED = '{"parameters": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}"}'
+
+
+def test_the_grammar_lets_no_other_answer_pass(model):
+    assert passes(model, WHOLE, several=False, required=True)
+    assert passes(model, f"{WHOLE}\n{CALL_2}", required=True)
+    assert not passes(model, f"{WHOLE}\n{CALL_2}", several=False, required=True)
+    assert not passes(model, CALL, required=True)
+    assert not passes(model, WHOLE, [CLOCK], required=True)
+    assert not passes(model, f"Hi {WHOLE}", required=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_possible"),
+    [
+        ("", True),
+        ('The tool {"name": "weather"} < <tool \n é', True),
+        (WHOLE, True),
+        (f"Let me see.\n{WHOLE}\n{CALL_2}", True),
+        # After the mark, only a whole call of one of the tools, by its schema.
+        (CALL, False),
+        (CALL_2.replace("clock", "shell"), False),
+        (CALL_2.replace("{}", '{"a": 1}'), False),
+        (f"{CALL_2} Done.", False),
+        ("I would write <tool_call> here.", False),
+    ],
+)
+def test_the_model_may_call_and_a_call_follows_its_schema(model, text, is_possible):
+    assert passes(model, text) == is_possible
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "is_possible"),
+    [
+        (BARE, "", True),
+        (BARE, '{"name": "Bob", "parameters": 5}', True),
+        (BARE, 'So: {"name": "clock", "parameters": 5}', True),
+        (BARE, '{"name":"clock", "parameters":{}}', True),
+        (BARE, '\n{"name": "clock",\n "parameters": {"a": 1}}', False),
+        (BARE, '{"name": "clock", "parameters": {}} Done.', False),
+        (BARE.replace(OBJECT_BARE, OBJECT_SWAPPED), '{"parameters": {}, "name": "clock"}', True),
+        (BARE.replace(OBJECT_BARE, OBJECT_SWAPPED), '{"parameters": {"a": 1}, "name": "clock"}', False),
+        (BARE.replace(OBJECT_BARE, OBJECT_SWAPPED), '{"name": "clock"}', True),
+    ],
+)
+def test_a_call_without_marks_begins_with_its_keys(decoder, template, text, is_possible):
+    model = tiny_model(decoder)
+    model.tokenizer.chat_template = template
+    assert passes(model, text) == is_possible
+
+
+def test_a_mark_that_is_one_token_can_be_written(decoder):
+    model = tiny_model(decoder)
+    model.tokenizer.chat_template = TAGS
+    # As in the tokenizer of Qwen.
+    model.tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "<think>")])
+    assert len(model.tokenizer("<tool_call>")["input_ids"]) == 1
+    assert passes(model, WHOLE, required=True)
+    assert passes(model, f"<think> {WHOLE}")
+    assert not passes(model, f"<think> {CALL}")
+    assert not passes(model, "<|im_start|>")
+
+
+def test_a_model_that_writes_an_invalid_call_is_led_to_a_valid_one(model):
+    constraint = Grammars(model).compile(Tools((WEATHER,), (), True, CallForm.of(model.tokenizer)).grammar)
+    row, written = Sampling.of(0.0, 1.0, None, constraint=constraint), []
+    wanted = CALL.replace("Köln", "Rome") + "<|im_end|>"
+    for token in model.tokenizer(wanted + "     ")["input_ids"]:
+        logits = torch.zeros(1, 259)
+        logits[0, token], logits[0, 2] = 2, 1
+        written += choose_tokens(logits, [row])[0]
+        row.take(written[-1])
+    text = model.tokenizer.decode(written)
+    assert text.startswith('<tool_call>\n{"name": "weather", "arguments": {"city": "')
+    assert "Rome" not in text
+
+
+def test_a_stop_string_inside_of_a_call_is_an_error(model):
+    for stream in (False, True):
+        engine = FakeEngine(words(CALL[:-20]))
+        answer = client_of(model, engine).post(CHAT, json=ask(tools=BOTH, stop="x", stream=stream))
+        assert "a stop string has ended the answer inside of a call" in answer.text
+        assert '"param":"stop"' in answer.text
+    text = client_of(model, FakeEngine(words("a <tool"))).post(CHAT, json=ask(tools=BOTH, stop="x"))
+    assert text.json()["choices"][0]["message"]["content"] == "a <tool"
 
 
 TURNS = [
@@ -329,11 +356,11 @@ def test_texts_of_tools_cannot_spell_control_tokens(model):
 def test_a_template_that_drops_tools_or_calls_is_refused():
     calls = [{"id": "a", "type": "function", "function": {"name": "clock", "arguments": {}}}]
     answered = (Message("user", "?"), Message("assistant", "", {"tool_calls": calls}), Message("user", "!"))
-    for conversation, words in (
+    for conversation, fault in (
         (Conversation(answered[:1], tools=[CLOCK]), "does not write the tool 'clock'"),
         (Conversation(answered), "does not write the tool calls of an answer"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=fault):
             render(conversation, tiny_tokenizer(), add_generation_prompt=True)
 
 
@@ -349,10 +376,11 @@ def test_a_template_that_drops_tools_or_calls_is_refused():
         ({"tools": BOTH, "response_format": {"type": "json_object"}}, "tools"),
         ({"functions": [CLOCK["function"]]}, "functions"),
         ({"messages": TURNS[:2]}, "messages"),
-        ({"messages": TURNS[2:]}, "messages"),
-        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": 5}, TURNS[2]]}, "messages"),
-        ({"messages": [TURNS[0], {**TURNS[1], "content": [image_part()]}, TURNS[2]]}, "messages"),
-        ({"messages": [*TURNS[:2], {**TURNS[2], "tool_call_id": ["call_1"]}]}, "messages"),
+        ({"messages": TURNS[2:]}, "messages[0]"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": 5}, TURNS[2]]}, "messages[1]"),
+        ({"messages": [TURNS[0], {**TURNS[1], "content": [image_part()]}, TURNS[2]]}, "messages[1]"),
+        ({"messages": [*TURNS[:2], {**TURNS[2], "tool_call_id": ["call_1"]}]}, "messages[2]"),
+        ({"messages": [*TURNS[:2], {**TURNS[2], "content": None}]}, "messages[2]"),
         (
             {
                 "messages": [
@@ -363,7 +391,7 @@ def test_a_template_that_drops_tools_or_calls_is_refused():
                     },
                 ]
             },
-            "messages",
+            "messages[1]",
         ),
     ],
 )
@@ -375,6 +403,6 @@ def test_tools_that_cannot_be_used_are_refused(model, fields, param):
 def test_a_schema_of_arguments_that_is_not_supported_is_named(model):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with Engine(model) as engine:
-        answer = client_of(model, engine).post(CHAT, json=ask(tools=[tool], tool_choice="required"))
-    assert answer.status_code == 400
+        answer = client_of(model, engine).post(CHAT, json=ask(tools=[tool]))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     assert '"not"' in answer.json()["error"]["message"]

@@ -28,10 +28,12 @@ COMMANDS = {
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "datastore": ("index", "build a datastore: records that a model with context retrieves"),
     "align": ("recipes.align", "train an encoder of a new modality for a joint space, from pairs"),
-    "evaluate": ("evaluate", "zero-shot classification and retrieval from embeddings"),
-    "few_shot": ("evaluate", "few-shot evaluation with controls, on held-out rows of a table"),
+    "evaluate": ("evaluate", "measure a checkpoint on published benchmarks, with controls"),
+    "zero_shot": ("zero_shot", "zero-shot classification and retrieval from embeddings"),
+    "few_shot": ("zero_shot", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
     "report": ("folders", "write the report of a checkpoint again"),
+    "card": ("card", "write the model card of a checkpoint, with licenses and limits"),
     "version": ("folders", "print the versions of bindllm and its dependencies"),
 }
 """Each command: the module of `bindllm.cli` that holds its function, and its purpose."""

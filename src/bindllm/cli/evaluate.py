@@ -1,413 +1,174 @@
-"""``bindllm evaluate``: zero-shot classification and retrieval across modalities, from embeddings only.
-
-``bindllm few_shot``: held-out questions of a table, with worked examples before them.
-"""
+"""``bindllm evaluate``: measure a checkpoint on published benchmarks, with controls and intervals."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 
-from bindllm import __version__
-from bindllm.atomic import write_json
-from bindllm.cli.arguments import refuse_together
-from bindllm.cli.generate import ModelOptions, check_texts
-from bindllm.cli.options import CacheOptions, EncoderOptions, print_whole
-from bindllm.data.source_config import CAPTION_FORMATS, Format, SourceConfig
-from bindllm.errors import UsageError, did_you_mean, printable_lines
-from bindllm.shots import RETRIEVED, ShotsBy
+from bindllm.cli.generate import ModelOptions
+from bindllm.cli.options import print_whole
+from bindllm.errors import BindLLMError, UsageError, printable_lines
+from bindllm.imports import name_module
 
 if TYPE_CHECKING:
-    from bindllm.cache.visual_cache import VisualCache
-    from bindllm.data.report import Skipped
-    from bindllm.data.rows import Row
-    from bindllm.evaluation.layouts import Column, Dataset
-    from bindllm.evaluation.task import Evaluation
-    from bindllm.evaluation.zero_shot import Result
-
-FEW_SHOT_FORMAT = 1
-NUM_SHOTS = (0, 1, 2, 4)
+    from bindllm.evaluation.benchmarks import Benchmark
+    from bindllm.evaluation.benchmarks.bootstrap import Number
+    from bindllm.evaluation.benchmarks.folder import Evaluation
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Data set."""
+class BenchmarkOptions:
+    """Measuring (docs/benchmarks.md)."""
 
-    split: str | None = None
-    """the split (default: the one that is usually reported)"""
-    fold: tuple[PositiveInt, ...] = ()
-    """a fold of ESC-50; may be repeated"""
     limit: PositiveInt | None = None
-    """only so many media, chosen by hash"""
-    captions: PositiveInt | None = None
-    """only so many captions of each media, the first ones"""
-    classes: Path | None = None
-    """file with the names of the classes: .json, .tsv or .txt"""
-    modality: str | None = None
-    """modality of the files, if their endings do not tell"""
-    from_: str | None = None
-    """MODALITY[:COLUMN], the column of a table that holds the media, as in audio:sound"""
-    to: str | None = None
-    """MODALITY[:COLUMN], the column that holds what belongs to them"""
-
-    def read(self, layout: str, folder: Path) -> Dataset:
-        """Return the chosen part of a data set."""
-        from bindllm.evaluation.layouts import LAYOUTS, Choice, read_layout
-
-        # A wrong word on the command line is an error of usage, unlike a folder in the wrong layout.
-        if layout not in LAYOUTS:
-            raise UsageError(f"unknown layout {layout!r}. {did_you_mean(layout, LAYOUTS)}")
-        choice = Choice(
-            split=self.split,
-            folds=tuple(self.fold),
-            modality=self.modality,
-            classes=self.classes,
-            source=_column("--from", self.from_),
-            target=_column("--to", self.to),
-            captions=self.captions,
-        )
-        # Files are listed, and none is opened yet.
-        dataset = read_layout(layout, folder, choice)
-        if self.limit is not None:
-            dataset.limit(self.limit)
-        return dataset
-
-
-@dataclass(frozen=True)
-class MeasuringOptions:
-    """Measuring."""
-
-    prompt: tuple[str, ...] = ()
-    """template of a text, such as "a photo of a {}."; may be repeated"""
-    prompts: Path | None = None
-    """text file with one template a line"""
-    store: str = "data/store"
-    """folder of the embedding store"""
-    output: Path | None = None
-    """file to write the result to, as JSON"""
-
-    def templates(self) -> Sequence[str] | None:
-        """Return the templates, checked; None for the default of the layout."""
-        from bindllm.evaluation.zero_shot import check_template, read_templates
-
-        # Before anything is encoded.
-        refuse_together(prompt=self.prompt, prompts=self.prompts)
-        if self.prompts is not None:
-            return read_templates(self.prompts)
-        return [check_template(template, where="--prompt: ") for template in self.prompt] or None
-
-    def show(self, result: Result) -> None:
-        """Print the result, and write it to the output file."""
-        from rich.console import Console
-
-        Console(highlight=False, soft_wrap=True).print(result)
-        if self.output:
-            result.save(self.output)
-            print(f"written to {self.output}")
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """Tables."""
-
-    support: str | None = None
-    """table of the worked examples. Then all rows of TABLE are questions; without it, the questions are its test rows
-    (or its validation rows) and the shots its training rows"""
-    format: Format = "vqa"
-    """format of the rows, as of a data source (docs/data.md): vqa, choice or caption"""
-    modality: str = "image"
-    """modality of the files, as of a data source"""
-    prompt: str = "Describe this image."
-    """the question about media with captions; in vqa, a frame around {question}"""
-    inside_only: bool = False
-    """skip rows that name files outside of the folder of the table: for tables that you do not trust"""
-    limit: PositiveInt | None = None
-    """only so many questions, evenly spread over the table"""
-
-    def read(self, table: str, skipped: Skipped) -> tuple[list[Row], list[Row]]:
-        """Return the questions and the rows of the support.
-
-        Raises:
-            UsageError: a prompt without effect.
-        """
-        from bindllm.data.formats import QUESTION
-        from bindllm.data.rows import spread
-        from bindllm.data.sources import read_source
-
-        def rows(path: str, split: str | None) -> dict[str, list[Row]]:
-            config = SourceConfig(
-                path,
-                format=self.format,
-                modality=self.modality,
-                split=split,
-                prompt=self.prompt,
-                allow_outside=not self.inside_only,
-            )
-            found, report = read_source(config)
-            skipped.update(report.skipped)
-            return found
-
-        framed = self.format == "vqa" and QUESTION in self.prompt
-        if self.prompt != TableOptions().prompt and not (framed or self.format in CAPTION_FORMATS):
-            raise UsageError(
-                f"--prompt has no effect on rows of the format {self.format}, which have their own questions: leave it "
-                f"out, or in vqa put {QUESTION} into it"
-            )
-        if self.support is not None:
-            asked, support = rows(table, "test")["test"], rows(self.support, "train")["train"]
-        else:
-            splits = rows(table, None)
-            asked, support = splits["test"] or splits["validation"], splits["train"]
-        return (asked if self.limit is None else spread(asked, self.limit)), support
-
-
-@dataclass(frozen=True)
-class FewShotOptions:
-    """Shots (docs/few-shot.md)."""
-
-    num_shots: tuple[NonNegativeInt, ...] = ()
-    """number of shots; may be repeated (default: 0, 1, 2 and 4)"""
-    shots_by: ShotsBy = "random"
-    """at random, in the order of the table, or nearest to the question: by media, by text, or by media and then text"""
+    """only about so many questions, chosen by hash"""
+    parser: str | None = None
+    """parser of the answers (default: the first one of the benchmark)"""
+    unparsed: Literal["wrong", "random"] = "wrong"
+    """an answer that the parser cannot read is wrong, or a random option, as in the scripts of ScienceQA"""
     seed: int = 0
-    """seed of random shots"""
-    nearest_first: bool = False
-    """put the nearest shot first (default: last, next to the question)"""
-    store: str = "data/store"
-    """folder of the embedding store"""
+    """seed of random options"""
+    prompt: str | None = None
+    """frame of a question, such as "{question} Answer briefly.", or the question about media with captions"""
+    choose: Literal["text", "likelihood"] = "text"
+    """answer a multiple choice by text, or by the option with the highest log-likelihood"""
+    no_controls: bool = False
+    """do not measure the controls: no media, shuffled media, and an answer without a model"""
     batch_size: PositiveInt = 32
     """answers generated at the same time"""
+    max_new_tokens: PositiveInt | None = None
+    """length of the longest answer (default: that of the benchmark)"""
+    store: str = "data/store"
+    """folder of the embedding store"""
     output: Path | None = None
-    """file to write the result to, as JSON"""
+    """folder with a subfolder for each benchmark (default: runs/eval/CHECKPOINT)"""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keywords of `bindllm.evaluation.evaluate`, without the output."""
+        given = {name: value for name, value in vars(self).items() if name not in ("no_controls", "output")}
+        return {**given, "controls": not self.no_controls}
 
 
-def few_shot(
-    checkpoint: str,
-    table: str,
+def evaluate(
+    names: tuple[str, ...],
     *,
-    tables: TableOptions = TableOptions(),
-    shots: FewShotOptions = FewShotOptions(),
+    checkpoint: str,
+    root: Path | None = None,
+    measuring: BenchmarkOptions = BenchmarkOptions(),
     model: ModelOptions = ModelOptions(),
     overrides: Sequence[str] = (),
 ) -> int:
-    """Measure a checkpoint on held-out rows with worked examples in the prompt (docs/few-shot.md).
+    """Measure a checkpoint on published benchmarks, with controls and intervals (docs/benchmarks.md).
 
-    Each number of shots is measured with controls: shots without media,
-    with exchanged media and with wrong answers, and answers that are copied
-    from the shots.
+    Answers are written as they come. The same command resumes an interrupted
+    evaluation. Embeddings without a language model: bindllm zero_shot.
 
     Args:
+        names: names of benchmarks, or import paths of your own (my_lab.BENCHMARK), followed by the folder of their
+            files. With several benchmarks it has a subfolder for each
         checkpoint: folder that bindllm fit wrote
-        table: table with the held-out questions, as a data source of a recipe
-        tables: where questions and shots come from
-        shots: which shots a question gets
+        root: the folder of the files, if it is not the last word
+        measuring: options of the evaluation
         model: decoder and further encoders
         overrides: arguments of the further encoder
 
     Example:
-        bindllm few_shot checkpoints/easyvqa data/easyvqa/test.jsonl --support data/easyvqa/train.jsonl --limit 200
+        bindllm evaluate pope mme benchmarks --checkpoint checkpoints/7b --limit 500
     """
-    # How to read this: contradictions, the tables, the model, then one task for each number of shots.
-    _check_few_shot(shots, model)
-
-    from bindllm.data.report import Skipped
-    from bindllm.evaluation.few_shot import FewShotData
-    from bindllm.evaluation.support import Support
-    from bindllm.evaluation.task import evaluate as measure
-    from bindllm.parallel import RunContext
-
-    skipped, progress = Skipped(), sys.stderr.isatty()
-    rows, support_rows = tables.read(table, skipped)
+    benchmarks, root = _read_names(names, root)
     loaded = model.load(checkpoint, overrides, cache=False)
-    check_texts(shots.shots_by, loaded)
-    if loaded.context is not None:
-        print("measured without the records of the model (docs/context.md)")
-    data = FewShotData.prepare(
-        rows,
-        support_rows,
-        Support((), shots.shots_by, seed=shots.seed, nearest_first=shots.nearest_first),
-        model=loaded,
-        store=shots.store,
-        context=RunContext(device=loaded.device, progress=progress),
-        skipped=skipped,
-    )
-    tasks = [data.task(count, loaded) for count in dict.fromkeys(shots.num_shots or NUM_SHOTS)]
-    result = measure(loaded, tasks, lookup=data.embeddings, batch_size=shots.batch_size, progress=progress)
-    _show_few_shot(result, skipped)
-    if shots.output:
-        # The result file names its data and its options, so that a number can be measured again.
-        options = {**asdict(tables), **asdict(shots), **asdict(model), "overrides": list(overrides)}
-        settings = {"checkpoint": checkpoint, "table": table, **options, "output": str(shots.output)}
-        _save_few_shot(shots.output, result, skipped, settings)
-    return 0
+
+    from bindllm.evaluation.benchmarks.run import evaluate as measure
+
+    settings = measuring.settings()
+    output, failed = measuring.output or Path("runs/eval", Path(checkpoint).resolve().name), 0
+    for benchmark in benchmarks:
+        given = {"root": root, "output": output / benchmark.name, "progress": sys.stderr.isatty()}
+        try:
+            done = measure(loaded, benchmark, checkpoint=checkpoint, **given, **settings)
+        except BindLLMError as error:
+            # One benchmark that cannot be measured must not cost the others.
+            if len(benchmarks) == 1:
+                raise
+            failed += 1
+            print(printable_lines(f"error: {benchmark.name}: {error}"), file=sys.stderr)
+        else:
+            _show(done)
+    return 1 if failed else 0
 
 
-def _check_few_shot(shots: FewShotOptions, model: ModelOptions) -> None:
-    """Refuse options without effect, and an output that cannot be written."""
-    if shots.nearest_first and shots.shots_by not in RETRIEVED:
-        raise UsageError("--nearest_first needs the nearest shots: give --shots_by media, text or media_text")
-    if model.records or model.datastore is not None:
-        raise UsageError(
-            f"--{'records' if model.records else 'datastore'} has no effect: few_shot measures a model without its "
-            "records (docs/context.md); leave it out"
-        )
-    _check_output(shots.output)
+def _read_names(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], Path]:
+    """Return the benchmarks and the folder of their files, before a model is loaded."""
+    if root is None:
+        *names, last = names
+        if not names:
+            raise UsageError(f"no folder for {last}: bindllm evaluate {last} FOLDER --checkpoint CHECKPOINT")
+        root = Path(last)
+    return [_find(name) for name in dict.fromkeys(names)], root
 
 
-def _save_few_shot(output: Path, result: Evaluation, skipped: Skipped, settings: dict[str, Any]) -> None:
-    content = {
-        "format": FEW_SHOT_FORMAT,
-        "bindllm": __version__,
-        "settings": settings,
-        "tasks": result.metrics,
-        "skipped": skipped.counts,
-        "problems": result.problems,
-        "seconds": {"evaluate": round(result.seconds, 1)},
-        "rows": result.rows,
-    }
-    write_json(output, content)
-    print(f"written to {output}")
+def _find(name: str) -> Benchmark:
+    """Return a benchmark by its name, or by the import path of one that a user wrote."""
+    from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
+
+    if "." not in name:
+        try:
+            return find_benchmark(name)
+        except BindLLMError as error:
+            raise UsageError(str(error)) from error
+    name_module(name)
+    try:
+        found = resolve_name(name)
+    # A module of a user may raise anything when it is imported.
+    except Exception as error:
+        raise UsageError(f"{name} cannot be imported ({error}); expected the path of a Benchmark") from error
+    if not isinstance(found, Benchmark):
+        raise UsageError(f"{name} is not a Benchmark, but {type(found).__name__} (docs/benchmarks.md)")
+    return found
 
 
-def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
-    """Print a table for each metric: a line for each variant, and a column for each number of shots."""
+def _show(done: Evaluation) -> None:
+    """Print the numbers of each variant, and the counts."""
     from rich.table import Table
 
-    tasks = result.metrics
-    variants = dict.fromkeys(name for metrics in tasks.values() for name in metrics)
-    first = next(iter(tasks.values()))["model"]
-    for metric in ("accuracy",) if "accuracy" in first else ("cider", "rouge_l"):
-        table = Table(title=f"{metric} by number of shots", title_justify="left")
-        table.add_column("variant")
-        for name in tasks:
-            # answers_4_shots
-            table.add_column(name.split("_")[1], justify="right")
-        for variant in variants:
-            values = [metrics.get(variant, {}).get(metric) for metrics in tasks.values()]
-            table.add_row(variant, *("-" if value is None else f"{value:.3f}" for value in values))
-        print_whole(table)
-    for name, metrics in tasks.items():
-        facts = ", ".join(f"{metrics['model'][key]:,} {words}" for key, words in _COUNTS.items())
-        print(f"{name}: {facts}")
-    for line in [
-        *(f"skipped: {line}" for line in skipped.lines()),
-        *(f"not measured: {name}: {reason}" for name, reason in result.problems.items()),
-    ]:
-        print(printable_lines(line))
+    facts, scores = done.facts, done.facts["scores"]
+    table = Table(title=f"{done.name}, 95 % intervals", title_justify="left")
+    table.add_column("metric")
+    for variant in scores:
+        table.add_column(variant, justify="right")
+    for metric in scores["model"]:
+        table.add_row(metric, *(interval_text(own.get(metric)) for own in scores.values()))
+    print_whole(table)
+    counts = facts["counts"]
+    lines = [
+        facts["media"],
+        f"{counts['items']:,} of {counts['listed']:,} questions; {counts['unparsed']:,} answers could not be read by "
+        f"the parser {facts['settings']['parser']} and are {facts['settings']['unparsed']}",
+        *(f"skipped: {count:,} x {reason}" for reason, count in facts["skipped"].items()),
+        *(f"note: {note}" for note in facts["notes"]),
+    ]
+    if counts["duplicate_ids"]:
+        lines.append(f"note: {counts['duplicate_ids']:,} ids occur twice; #2 was appended to the second")
+    lines.append(f"written to {done.folder}, {facts['seconds']:.1f} s")
+    print(printable_lines("\n".join(lines)))
 
 
-_COUNTS = {
-    "shots": "shots",
-    "excluded": "excluded as the question itself",
-    "not_fitting": "without room in the decoder",
-}
-"""The counts of a few-shot task, in words."""
+def interval_text(number: Number | None) -> str:
+    """Return a number with its interval.
 
-
-def evaluate(
-    layout: str,
-    folder: Path,
-    *,
-    encoders: EncoderOptions = EncoderOptions(),
-    data: DataOptions = DataOptions(),
-    measuring: MeasuringOptions = MeasuringOptions(),
-    cache: CacheOptions = CacheOptions(),
-    overrides: Sequence[str] = (),
-) -> int:
-    """Classify and retrieve across modalities, from embeddings only (docs/zero-shot.md).
-
-    layouts:
-      imagenet   images, 1000 classes: val/<wnid>/*.JPEG or Kaggle's
-      esc50      audio, 50 classes: meta/esc50.csv, audio/*.wav
-      audioset   audio, 527 labels, several each: eval_segments.csv, clips
-      modelnet40 shapes, 40 classes: <class>/test/*.off or resampled
-      folder     any modality: a folder for each class
-      audiocaps  audio and captions: test.csv and clips
-      clotho     audio and captions: clotho_captions_evaluation.csv
-      coco       images and captions: captions_val2017.json or Karpathy's
-      flickr30k  images and captions: dataset_flickr30k.json, results.csv
-      table      any modality: captions.jsonl, or any table of pairs
-
-    Args:
-        layout: how the data set is stored: one of the list above
-        folder: folder of the data set
-        encoders: the encoders
-        data: part of the data set
-        measuring: prompts, store and result
-        cache: visual cache to blend every query with
-        overrides: arguments of the encoder
-
-    Example:
-        bindllm evaluate esc50 data/ESC-50-master --encoder checkpoints/imagebind
+    Examples:
+        >>> interval_text({"value": 0.5, "low": 0.4, "high": 0.6, "n": 9})
+        '0.500 [0.400, 0.600]'
     """
-    if not (encoders.encoder or encoders.checkpoint):
-        raise UsageError(
-            "no encoder to evaluate: name one with --encoder, or a trained folder with --checkpoint"
-        )
-    _check_output(measuring.output)
-
-    from bindllm.evaluation.zero_shot import evaluate_zero_shot
-
-    # Cheap checks come before the encoders are loaded.
-    templates, device = measuring.templates(), encoders.find_device()
-    result = evaluate_zero_shot(
-        data.read(layout, folder),
-        encoders.load(overrides),
-        store=measuring.store,
-        device=device,
-        templates=templates,
-        cache=_open_cache(cache),
-        progress=sys.stderr.isatty(),
-    )
-    # The result file names its data, so that a number can be measured again.
-    result.layout, result.folder = layout, str(folder)
-    measuring.show(result)
-    return 0
-
-
-def _check_output(output: Path | None) -> None:
-    """Refuse an output that cannot be written: now, not after an hour of measuring."""
-    if output is None:
-        return
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a folder; give a file in it, such as result.json")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {output}: its folder cannot be made ({error.strerror}); choose another path"
-        ) from error
-
-
-def _column(option: str, text: str | None) -> Column | None:
-    """Return the modality and the column of an option; the default column has the name of the modality."""
-    from bindllm.evaluation.layouts import Column
-    from bindllm.media import is_modality
-
-    if text is None:
-        return None
-    # MODALITY:COLUMN; a table of captions has its texts in the column caption.
-    modality, _, name = text.partition(":")
-    if not is_modality(modality):
-        raise UsageError(f"{option} {text}: expected a modality and a column, such as audio:sound")
-    return Column(modality, name or ("caption" if modality == "text" else modality))
-
-
-def _open_cache(options: CacheOptions) -> VisualCache | None:
-    """Open the chosen visual cache."""
-    # Settings without a cache would be ignored.
-    if options.cache is None:
-        if options.settings:
-            raise UsageError(
-                f"--cache_{next(iter(options.settings))} needs a visual cache: give --cache FOLDER"
-            )
-        return None
-
-    from bindllm.cache.visual_cache import VisualCache, open_index
-
-    return VisualCache(open_index(options.cache), **options.settings)
+    if number is None or number["value"] is None:
+        return "-"
+    digits = 1 if abs(number["value"]) >= 100 else 3
+    ends = [number[key] for key in ("low", "high")]
+    interval = "" if None in ends else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{number['value']:.{digits}f}{interval}"

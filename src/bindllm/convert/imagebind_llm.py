@@ -31,7 +31,8 @@ from bindllm.errors import CheckpointError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, write_card, write_checkpoint
+from bindllm.model.card import write_card
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, write_checkpoint
 from bindllm.model.decoder import DecoderConfig, check_weights, load_tokenizer, read_config
 from bindllm.model.injection import InjectConfig
 

@@ -19,6 +19,7 @@ import torch
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
 from bindllm.errors import InputError, needs_extra
+from bindllm.evaluation.answering import input_digests
 from bindllm.evaluation.task import (
     MODEL,
     NEAREST_CAPTION,
@@ -27,7 +28,6 @@ from bindllm.evaluation.task import (
     BaselineAnswer,
     Metrics,
     Task,
-    input_digests,
     media_name,
     media_of,
 )

@@ -12,7 +12,6 @@ and ``wrong_support`` alter them, ``copy_last`` and ``majority_shot`` copy an an
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import random
@@ -31,9 +30,10 @@ from torch import Tensor, nn
 
 from bindllm import conversation
 from bindllm.data.batches import sorted_batches
-from bindllm.data.collate import Lookup, MediaGroup, answer_batch, prompt_batch, records_of, tokens_of
+from bindllm.data.collate import Lookup, MediaGroup, answer_batch, records_of, tokens_of
 from bindllm.data.rows import Sample
 from bindllm.errors import BindLLMError, InputError
+from bindllm.evaluation.answering import answer_batches
 from bindllm.model.bindllm import BindLLM
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,6 @@ LOSS_BATCH_SIZE = 32
 """A loss needs the logits of all supervised tokens of a batch at the same time, so its batches are smaller."""
 
 _SEED = 0
-_CHUNK = 1024
-"""Samples whose embeddings are read at a time, so that memory does not grow with their number."""
 
 
 class BaselineAnswer(NamedTuple):
@@ -183,7 +181,7 @@ def evaluate(
         progress: show a bar for each variant.
     """
     started, result = time.perf_counter(), Evaluation()
-    with _eval_mode(model), Progress(disable=not progress) as bar:
+    with eval_mode(model), Progress(disable=not progress) as bar:
         for task in tasks:
             run = _Run(model, task, batch_size, bar, result.problems)
             chosen = [name for name in task.variants if variants is None or name in variants]
@@ -335,24 +333,16 @@ class _Run:
 
     def _answers(self, view: _View, advance: Callable[[int], None]) -> list[str]:
         """Return a greedy answer to the last question of each item; equal inputs are answered once."""
-        # Without media every wording of a question is one input, however many images it was asked about.
-        inputs = input_digests(view.items, view.lookup)
-        distinct = list(dict(zip(inputs, view.items, strict=True)).items())
-        # The bar counts items, so repeated ones are done at once.
-        advance(len(inputs) - len(distinct))
-        tokenizer, texts = self.model.tokenizer, {}
-        # Prompts of similar length share a batch, padded on the left, so that generation starts at one position.
-        lengths = [sample.prompt_length for _, sample in distinct]
-        for rows in sorted_batches(lengths, batch_size=self.batch_size):
-            batch = prompt_batch([distinct[n][1] for n in rows], view.lookup, pad_id=tokenizer.pad_token_id)
-            ids = self.model.generate_from(**batch, max_new_tokens=self.task.max_new_tokens)
-            texts.update(zip((distinct[n][0] for n in rows), self.model.decode(ids), strict=True))
-            advance(len(rows))
-        return [texts[key] for key in inputs]
+        texts: dict[int, str] = {}
+        options = {"batch_size": self.batch_size, "max_new_tokens": self.task.max_new_tokens}
+        for positions, answers in answer_batches(self.model, view.items, view.lookup, **options):
+            texts.update(zip(positions, answers, strict=True))
+            advance(len(positions))
+        return [texts[n] for n in range(len(view.items))]
 
 
 @contextmanager
-def _eval_mode(model: BindLLM) -> Iterator[None]:
+def eval_mode(model: BindLLM) -> Iterator[None]:
     """Switch to eval mode without gradients, and restore the training mode afterwards."""
     mode = model.training
     model.eval()
@@ -368,28 +358,6 @@ def loss_metrics(loss: float | None) -> Metrics:
     # `math.exp` raises OverflowError above this.
     finite = loss is not None and loss < math.log(sys.float_info.max)
     return {"loss": loss, "perplexity": math.exp(loss) if finite else None}
-
-
-def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
-    """Return a digest of the model's input for each sample: the prompt, its media index, embeddings and tokens."""
-    digests = []
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
-        # One embedding for each media group, in the order of the samples.
-        vectors = iter(lookup([group for sample in chunk for group in sample.media]))
-        for sample in chunk:
-            # The embeddings, not the file names: two files with the same content are the same input.
-            digest = hashlib.sha256(sample.input_ids[: sample.prompt_length].tobytes())
-            digest.update(sample.media_index[: sample.prompt_length].tobytes())
-            for _ in sample.media:
-                digest.update(next(vectors).numpy().tobytes())
-            # Sample by sample: the tokens of a chunk would take gigabytes.
-            if sample.media and (records := records_of(lookup, sample.media)) is not None:
-                digest.update(b"".join(part.numpy().tobytes() for part in records))
-            if sample.media and (tokens := tokens_of(lookup, sample.media)) is not None:
-                digest.update(tokens.numpy().tobytes())
-            digests.append(digest.digest())
-    return digests
 
 
 def without_media(samples: Sequence[Sample]) -> list[Sample]:

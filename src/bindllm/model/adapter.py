@@ -17,10 +17,15 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm.errors import DecoderError, InputError, needs_extra
@@ -39,6 +44,8 @@ _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # peft's names of the trained parts of its layers.
 _TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
+# Which tokens of the running layer the adapter of `media_only` serves, [B, T, 1]; None: none.
+_LISTENERS: ContextVar[Tensor | None] = ContextVar("bindllm_listeners", default=None)
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -67,6 +74,10 @@ class AdapterConfig:
     """Layers that are tuned, as in `inject.layers`. By default all. The norm after the last layer belongs to each
     choice."""
 
+    media_only: bool = False
+    """Whether only tokens that listen to media pass through the adapter: text alone keeps the output of the base model,
+    to the last bit. `bindllm export` cannot merge such an adapter; excludes `dora`."""
+
     rslora: bool = False
     """Whether `alpha` is a multiple of 1/sqrt(rank) instead of 1/rank, so that no rank learns slower; needs `alpha`."""
 
@@ -82,6 +93,11 @@ class AdapterConfig:
         if self.dora and self.bias:
             raise InputError(
                 "adapter with dora and bias: peft has no new biases for DoRA; set adapter.bias: false, or dora: false"
+            )
+        if self.dora and self.media_only:
+            raise InputError(
+                "adapter with dora and media_only: DoRA changes the rows of a projection, for all tokens; set one "
+                "of them to false"
             )
         if self.rslora and self.alpha is None:
             raise InputError(
@@ -126,6 +142,10 @@ class Adapter:
             # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
             inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
+        if config.media_only:
+            # Before the hooks of the injection, which take the keyword out.
+            for _, layer in find_layers(decoder.get_decoder(), type(decoder).__name__):
+                layer.register_forward_pre_hook(_note_listeners, with_kwargs=True)
         # peft's new layers start in training mode; a frozen decoder is always in eval mode.
         decoder.eval()
         for module in decoder.modules():
@@ -134,7 +154,9 @@ class Adapter:
                 # In half precision the small steps of training would vanish.
                 parts[name].float()
             if "modules_to_save" in parts:
-                module.register_forward_hook(_as_input)
+                module.register_forward_hook(_as_base if config.media_only else _as_input)
+            if config.media_only and "lora_B" in parts:
+                parts["lora_B"][_ADAPTER_NAME].register_forward_hook(_for_listeners)
             if config.dora and "lora_magnitude_vector" in parts:
                 _measure_rows(module)
 
@@ -160,6 +182,50 @@ class Adapter:
 def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Bring the output of a float32 norm back to the precision of the decoder."""
     return output.to(args[0].dtype)
+
+
+def _note_listeners(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a layer runs: note which of its tokens listen to media."""
+    context = kwargs.get("bind")
+    _LISTENERS.set(None if context is None else context.route.any(-1, keepdim=True))
+
+
+def checkpointed(forward: Callable) -> Callable:
+    """Return the forward of a layer with activation checkpointing."""
+
+    def run(listeners: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        # Run again in the backward pass, without the hook on the layer: the tokens are those of its first run.
+        token = _LISTENERS.set(listeners)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _LISTENERS.reset(token)
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(run, _LISTENERS.get(), *args, **options, **kwargs)
+
+    return call
+
+
+def _for_listeners(projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """The low-rank term of a projection, for tokens that listen to media."""
+    return torch.where(_listening(output), output, 0)
+
+
+def _as_base(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """The output of a tuned norm for tokens that listen to media, and that of the base model for the others."""
+    return torch.where(_listening(output), _as_input(module, args, output), module.original_module(*args))
+
+
+def _listening(output: Tensor) -> Tensor:
+    """Return which tokens of an output [B, T, ...] or [B * T, ...] listen to media, with as many axes."""
+    listeners = _LISTENERS.get()
+    if listeners is None:
+        return torch.zeros((), dtype=torch.bool, device=output.device)
+    shape = listeners.shape[:2] if output.shape[:2] == listeners.shape[:2] else (-1,)
+    return listeners.to(output.device).reshape(*shape, *[1] * (output.dim() - len(shape)))
 
 
 def _measure_rows(layer: nn.Module) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm.cache.blend import CacheConfig
@@ -29,7 +28,7 @@ from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media, check_media
-from bindllm.model.adapter import Adapter, AdapterConfig
+from bindllm.model.adapter import Adapter, AdapterConfig, checkpointed
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, describe_model, save_model
 from bindllm.model.context import ContextConfig, build_context
@@ -495,4 +494,4 @@ class BindLLM(nn.Module):
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
         # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
         for layer in self.decoder.get_decoder().layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = checkpointed(layer.forward)

@@ -14,8 +14,8 @@ Loading never unpickles. It builds only encoders under ``bindllm.`` unless the c
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bindllm import __version__
@@ -40,6 +41,7 @@ from bindllm.embeddings.datastore import Datastore
 from bindllm.encoders import Encoder, members_of, shape_problems
 from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
+from bindllm.model.card import write_card
 from bindllm.model.decoder import fingerprint_decoder
 
 if TYPE_CHECKING:
@@ -59,13 +61,6 @@ ADAPTER_PREFIX = "adapter."
 
 # Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
-UNKNOWN_LICENSE = "see its own page"
-
-_LIMITS = """\
-The model gives likely answers, not verified ones. It has learned from {data} and from nothing else, so it
-confuses things that look alike, names things that are not there, and has seen no image style outside its data. Do not
-use it if a wrong description can hurt someone.
-"""
 
 
 def save_model(
@@ -292,6 +287,28 @@ def describe_model(model: BindLLM) -> dict[str, Any]:
     }
 
 
+def fingerprint_checkpoint(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of everything that decides an answer, the same for a folder and for the model loaded from it.
+
+    Paths and versions do not count: a moved project keeps its fingerprint.
+
+    Args:
+        manifest: content of ``bindllm.json``, or the description of a model.
+        tensors: the trained tensors.
+    """
+    decoder = {
+        key: manifest["decoder"].get(key)
+        for key in ("fingerprint", "dtype", "system", "template", "quantize")
+    }
+    encoders = [(entry["class_path"], entry["fingerprint"]) for entry in manifest["encoders"]]
+    configs = [manifest.get(key) for key in ("bind", "inject", "adapter", "context")]
+    digest = hashlib.sha256(json.dumps([decoder, encoders, configs], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
     """Return the entries of encoders in a manifest, for `build_object`, with their fingerprints."""
     return [
@@ -347,113 +364,3 @@ def _siblings(folder: Path) -> str:
     # A missing folder is often a misspelled one.
     names: Iterable[str] = (f.parent.name for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else ()
     return did_you_mean(folder.name, names)
-
-
-def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> str:
-    """Return the text of the card.
-
-    Args:
-        manifest: content of ``bindllm.json``.
-        data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the license.
-    """
-    decoder, adapter = manifest["decoder"], manifest.get("adapter")
-    tuned = ", and an adapter that tunes that model" if adapter else ""
-    lines = [
-        f"# {decoder['name'].rstrip('/').rsplit('/', 1)[-1]} with new modalities",
-        "",
-        "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
-        f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
-        "",
-        "| part | is | license |",
-        "|---|---|---|",
-        *(f"| {row['part']} | `{row['name']}` | {row['license']} |" for row in licenses(manifest, data=data)),
-        "",
-        f"Bind network: depth {manifest['bind']['depth']}, expansion {manifest['bind']['expansion']}"
-        f"{_token_words(manifest['bind'])}. "
-        f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
-        *_context_lines(manifest.get("context")),
-        *_adapter_lines(adapter),
-        *([f"Trained on the decoder in {kind}."] if (kind := decoder.get("quantize")) else []),
-        *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from bindllm import BindLLM, Media",
-        "",
-        'model = BindLLM.from_pretrained("THIS_FOLDER")',
-        'model.generate("Describe this image.", media=[Media.image("image.png")])',
-        "```",
-        "",
-        "## Limits",
-        "",
-        _LIMITS.format(data="the data named above" if data else "its training data"),
-        "Code of bindllm: Apache-2.0. The weights here derive from the parts in the table: their licenses, and those",
-        "of the training data, hold for them as well.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _token_words(bind: dict[str, Any]) -> str:
-    """Return the number of bind tokens, or nothing for one."""
-    count = bind.get("tokens", 1)
-    kinds = ", ".join(bind.get("token_modalities", []))
-    if count == "all":
-        return f", one bind token of each encoder token of {kinds} media"
-    return f", {count} bind tokens of {kinds} media" if count > 1 else ""
-
-
-def _context_lines(context: dict[str, Any] | None) -> list[str]:
-    """Return the sentence about retrieved context, or nothing without any."""
-    if not context:
-        return []
-    latents = context["latents"]
-    tokens = (
-        "one context token of each token of their texts"
-        if latents == "all"
-        else f"{2 * latents} context tokens"
-    )
-    return [
-        f"Reads up to {context['records']} records of a datastore for each media ({tokens}); the records of its "
-        "training are in `datastore/`."
-    ]
-
-
-def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
-    """Return the sentence about the adapter, or nothing without one."""
-    if not adapter:
-        return []
-    # rsLoRA divides by the root of the rank, see `AdapterConfig`.
-    root = math.sqrt(adapter["rank"]) if adapter.get("rslora") else adapter["rank"]
-    scale = 1.0 if adapter["alpha"] is None else adapter["alpha"] / root
-    kind = "DoRA" if adapter.get("dora") else "LoRA"
-    return [
-        f"Adapter, in `adapter/` as peft reads it: {kind} of rank {adapter['rank']} and scale {scale:g}, new biases "
-        f"{adapter['bias']}, tuned norms {adapter['norm']}."
-    ]
-
-
-def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:
-    """Return a row ``part``, ``name``, ``license`` for each part of a model; arguments as for `write_card`."""
-    decoder = manifest["decoder"]["name"]
-    rows = [("decoder", decoder, decoder)]
-    for encoder in manifest["encoders"]:
-        # Only encoders with a weights folder can have a SOURCE.json with a license.
-        weights = str(encoder["init_args"].get("weights", ""))
-        rows.append(("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
-    rows += [("training data", folder, folder) for folder in data or []]
-    return [{"part": part, "name": name, "license": license_of(folder)} for part, name, folder in rows]
-
-
-def license_of(folder: str) -> str:
-    """Return the licenses of a folder's (or table's) source packages, as listed in its SOURCE.json."""
-    path = Path(folder)
-    file = (path.parent if path.is_file() else path) / "SOURCE.json"
-    if not folder or not file.is_file():
-        return UNKNOWN_LICENSE
-    try:
-        packages = read_json(file, CheckpointError)["packages"]
-        return ", ".join(dict.fromkeys(str(package["license"]) for package in packages)) or UNKNOWN_LICENSE
-    except (KeyError, TypeError, CheckpointError):
-        # A foreign file of that name is not a reason to lose a trained model.
-        return UNKNOWN_LICENSE

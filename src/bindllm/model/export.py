@@ -21,7 +21,8 @@ from bindllm import __version__
 from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, check_choice
 from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
-from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, license_of, read_manifest, read_weights
+from bindllm.model.card import license_of
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, read_manifest, read_weights
 from bindllm.model.decoder import (
     DTYPES,
     DecoderConfig,
@@ -92,6 +93,11 @@ def export_decoder(
             f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
             "What was trained, bind network and injection, cannot be part of one: "
             f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
+        )
+    if adapter.media_only:
+        raise CheckpointError(
+            f"the adapter of {checkpoint} serves only tokens that listen to media (adapter.media_only), and a plain "
+            "folder would apply it to all: use the checkpoint as it is (BindLLM.from_pretrained)"
         )
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)

@@ -120,7 +120,7 @@ class LocalBrain:
         batch = self._model.prepare(conversation, None, **options)
         if tools:
             functions = [tool["function"] for tool in tools]
-            grammar = self._form.grammar(functions, most=MOST_CALLS, required=required)
+            grammar = self._form.grammar(functions, several=True, required=required, most=MOST_CALLS)
             constraint = _Constrained(self._grammars.compile(grammar), batch[0].shape[1])
             options["logits_processor"] = [constraint]
         ids = self._model.generate_from(*batch, **options)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -24,8 +26,8 @@ from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
-from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response
-from bindllm.serving.api.responses import ResponseWriter, response_fields, response_messages
+from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response, unique_keys
+from bindllm.serving.api.responses import ResponseWriter, response_fields
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
 from bindllm.serving.config import ServeConfig
@@ -72,7 +74,7 @@ class Endpoints:
 
     def router(self) -> APIRouter:
         """Return the routes."""
-        router = APIRouter(responses=_ERRORS)
+        router = APIRouter(route_class=_Route, responses=_ERRORS)
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/responses", self.responses, methods=["POST"])
         router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
@@ -100,7 +102,7 @@ class Endpoints:
 
     async def chat(self, body: ChatBody, request: HttpRequest) -> Response:
         """Answer a conversation."""
-        question = await self._read(request, body, body.messages, **chat_fields(body))
+        question = await self._read(request, body, **chat_fields(body))
         options = body.stream_options
         usage = options is not None and bool(options.include_usage)
         return await self._answer(
@@ -112,7 +114,7 @@ class Endpoints:
 
     async def responses(self, body: ResponsesBody, request: HttpRequest) -> Response:
         """Answer a conversation, in the form of the Responses API."""
-        question = await self._read(request, body, response_messages(body), **response_fields(body))
+        question = await self._read(request, body, **response_fields(body))
 
         def stream(answers: Answers, neighbors: Neighbors, first: Any) -> AsyncIterator[bytes]:
             return ResponseWriter(body, question, answers, neighbors).stream(first)
@@ -144,10 +146,10 @@ class Endpoints:
         """Return the numbers of the server for Prometheus."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _read(self, request: HttpRequest, body: Any, messages: Any, **fields: Any) -> Question:
+    async def _read(self, request: HttpRequest, body: Any, **fields: Any) -> Question:
         """Read a question in a thread: decoding large media and downloads must not stop the streams of others."""
         allowance: Allowance = request.state.allowance
-        given = (body, messages, self._engine.model, self._config)
+        given = (body, self._engine.model, self._config)
         work = self._readers.run(allowance.left, read_question, *given, **fields)
         question = await _unless_client_leaves(request, work)
         sources = [item.source for group in question.request.conversation.media_groups for item in group]
@@ -164,7 +166,7 @@ class Endpoints:
         stream: Callable[..., AsyncIterator[bytes]] | None,
     ) -> Response:
         """Submit a question, and return its answer as an object or as a stream."""
-        answers = Answers(self._engine, question.request, question.choices, self.metrics)
+        answers = Answers(self._engine, question, self.metrics)
         neighbors = partial(self._neighbors, question, request.state.allowance)
         if stream is None:
             # Leaving the block frees the slots, also if the client has left.
@@ -197,6 +199,24 @@ class Endpoints:
             "embedding_size": model.encoders[0].embedding_size,
             "has_cache": model.cache is not None,
         }
+
+
+class _Route(APIRoute):
+    """A route whose body has no key twice: Python would take the last one, and programs in front the first."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        """Override."""
+        handler = super().get_route_handler()
+
+        async def checked(request: HttpRequest) -> Response:
+            return await handler(_StrictRequest(request.scope, request.receive))
+
+        return checked
+
+
+class _StrictRequest(HttpRequest):
+    async def json(self) -> Any:
+        return json.loads(await self.body(), object_pairs_hook=unique_keys)
 
 
 class _Workers:

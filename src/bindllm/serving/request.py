@@ -28,6 +28,19 @@ if TYPE_CHECKING:
     from bindllm.serving.batch import ReadPrompts
 
 
+class SettingError(InputError):
+    """A setting of a request that cannot be used.
+
+    Args:
+        field: of `Request`.
+        message: names the value, the expected values, and the next step.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 @dataclass(frozen=True)
 class Request:
     """A conversation to answer.
@@ -164,8 +177,9 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
     """
     num_tokens = model.decoder.get_input_embeddings().num_embeddings
     if beyond := [token for token in request.logit_bias if not 0 <= token < num_tokens]:
-        raise InputError(
-            f"logit_bias names token {beyond[0]}; the decoder has the tokens 0 to {num_tokens - 1:,}"
+        raise SettingError(
+            "logit_bias",
+            f"logit_bias names token {beyond[0]}; the decoder has the tokens 0 to {num_tokens - 1:,}",
         )
     options = {"max_new_tokens": request.max_tokens or MAX_NEW_TOKENS}
     given = (request.conversation, None, request.cache, request.shots or None)

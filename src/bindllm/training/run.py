@@ -28,7 +28,8 @@ from bindllm.data.datamodule import BindData
 from bindllm.errors import BindLLMError, InputError, TrainingError, listed
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Evaluation
-from bindllm.model.checkpoint import MANIFEST, licenses
+from bindllm.model.card import licenses
+from bindllm.model.checkpoint import MANIFEST
 from bindllm.report.report import RunFacts, write_report
 from bindllm.report.summary import print_summary
 from bindllm.training.callbacks import METRICS

@@ -242,7 +242,7 @@ def test_media_that_are_not_finite_once_prepared_are_left_out(tmp_path):
 
 
 def test_a_target_without_a_split_is_where_evaluation_looks_for_it(pictures):
-    """What `bindllm align` trains with by the hash, `bindllm evaluate table` does not take for a test."""
+    """What `bindllm align` trains with by the hash, `bindllm zero_shot table` does not take for a test."""
     rewrite(pictures, lambda n, row: {"image": f"images/../{row['image']}", "depth": row["image"]})
     trained = read_pairs(PairSource(str(pictures), modality="depth"), Skipped())
     expected = {(pair.media.source, pair.split) for pair in trained}

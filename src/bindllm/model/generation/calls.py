@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 # A call that no client asks for, to see how a template writes one.
 _NAME, _ARGUMENTS = "bindllm_tool", {"bindllm_argument": "value"}
-
-
-# Between the parts of a call, as templates write them. More would let a small model write spaces until it is cut.
-_SPACE = " ?"
 
 
 def _no_constant(name: str) -> None:
@@ -42,11 +39,13 @@ class Call:
         name: of the tool.
         arguments: a JSON object.
         stop: the character of the text after the call.
+        id: by which the result names the call.
     """
 
     name: str
     arguments: dict[str, Any]
     stop: int
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
 @dataclass(frozen=True)
@@ -95,40 +94,52 @@ class CallForm:
         return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
     def grammar(
-        self, functions: Sequence[Mapping[str, Any]], *, most: int | None, required: bool = True
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        *,
+        several: bool,
+        required: bool,
+        most: int | None = None,
     ) -> str:
-        """Return the grammar of an answer that calls functions.
+        """Return the grammar of an answer that may or must call some functions.
 
         Args:
-            functions: as OpenAI's API describes them.
-            most: largest number of calls, if the template can write several; None: any.
-            required: whether the answer is calls only. If not, any text may come before them, or stand for them.
+            functions: those that may be called.
+            several: whether it may have several calls, if the template can write them.
+            required: whether it is a call; else it is any text, up to the mark of a call, if there is one.
+            most: largest number of calls, without line breaks inside: a small model may repeat calls and white space
+                until its answer is cut. None: any number, in the usual layouts.
         """
-        rules, (before, middle, after) = [], self.pieces
+        mark, rules, heads = self.start.strip(), [], []
+        # Without a mark, only the first keys of the object show that an answer will be a call.
+        has_heads = not required and not mark
+        layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-            start, end = before + function["name"] + middle, after
-            if not self.has_name_first:
-                start, end = before, middle + function["name"] + after
-            rules.append(f"call{number}: {_literal(start)} {json_rule(schema, space=_SPACE)} {_literal(end)}")
+            (before, middle, end), name = self.pieces, function["name"]
+            start, end = (
+                (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
+            )
+            heads.append(_spaced(start))
+            start = f"/{heads[-1]}/" if has_heads else _literal(start)
+            rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
         times = "*" if most is None else f"{{0,{most - 1}}}"
-        again = f"({_literal(self.between)} call){times}" if most != 1 and self.between else ""
+        again = f"({_literal(self.between)} call){times}" if several and self.between else ""
         calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
-        mark = self.start.lstrip()
-        if not required and mark:
-            # Free text ends where the mark is complete: text in front of a call, or an answer without a mark.
-            rules.append(f"lead[suffix={_literal(mark)}]: /(.|\\n)*/")
-            inside = re.escape(mark.rstrip()).replace("/", "\\/")
-            rules.append(f"FREE: /(.|\\n)+/ & ~/(.|\\n)*{inside}(.|\\n)*/")
-            calls = f"lead {calls} | FREE"
-        elif not required:
-            # Without a mark, a call begins the answer.
-            rules.append(r"FREE: /[^{](.|\n)*/")
-            calls = f"{calls} | FREE"
+        if required:
+            start = [f"start: {_literal(self.start.lstrip())} {calls}"]
+        elif mark:
+            # A lazy text ends with its first mark, so all that follows has to be a call.
+            rest = _literal(self.start.lstrip().removeprefix(mark))
+            start = [
+                f"start: ANY | marked {rest} {calls}",
+                f"marked[lazy]: ANY {_literal(mark)}",
+                "ANY: /(?s:.*)/",
+            ]
         else:
-            calls = f"{_literal(mark)} {calls}"
-        return "\n".join((f"start: {calls}", f"call: {names}", *rules))
+            start = [f"start: OTHER | {calls}", f"OTHER: /(?s:.*)/ & ~/({'|'.join(heads)})(?s:.*)/"]
+        return "\n".join((*start, f"call: {names}", *rules))
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""
@@ -144,7 +155,8 @@ class CallForm:
         # The end is missing if the model has ended the answer right after the object.
         if (
             not isinstance(value, dict)
-            or {*value} != {*self.keys}
+            # In the order of the template, which the grammar waits for.
+            or tuple(value) != self.keys[:: 1 if self.has_name_first else -1]
             or (text[stop:] and not text.startswith(end, stop))
         ):
             return None
@@ -196,6 +208,11 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         except ValueError:
             stop = at + 1
         at = text.find("{", stop)
+
+
+def _spaced(text: str) -> str:
+    """Return a regular expression of the beginning of a JSON object, with any white space between its signs."""
+    return r"\s*".join(("", *map(re.escape, re.findall(r'[{}:,]|"[^"]*"', text)), ""))
 
 
 def _literal(text: str) -> str:

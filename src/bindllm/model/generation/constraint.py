@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bindllm.conversation import control_tokens
 from bindllm.errors import InputError, needs_extra, printable
 from bindllm.model.bindllm import BindLLM
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 # A small model may write spaces until its answer is cut, so only those of the usual layouts are allowed.
 _SPACE = r"( |\n[ \t]{0,24})"
@@ -116,15 +118,44 @@ class Grammars:
             raise InputError(f"no answer can follow the schema: {found.error}")
         return found
 
-    def _tokens(self) -> Any:
+    def _tokens(self) -> LLTokenizer:
         """Return the tokenizer in the form of llguidance, made once: that takes a second."""
         from llguidance.hf import from_tokenizer
 
         with self._lock:
             if self._tokenizer is None:
                 ends = list(self._model.settings.eos_token_id)
-                self._tokenizer = from_tokenizer(self._model.tokenizer, eos_token=ends)
+                found = from_tokenizer(self._model.tokenizer, eos_token=ends)
+                self._tokenizer = _with_added_texts(found, self._model.tokenizer, ends)
         return self._tokenizer
+
+
+class _Tokens:
+    """Tokens for llguidance, of which only control tokens are no text."""
+
+    def __init__(self, tokens: LLTokenizer, control: set[int], end: int) -> None:
+        self.tokens = [tokens.decode_bytes([token]) for token in range(tokens.vocab_size)]
+        self.special_token_ids, self.eos_token_id, self.bos_token_id = sorted(control), end, None
+        self._split = tokens.tokenize_bytes
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._split(text)
+
+
+def _with_added_texts(
+    tokens: LLTokenizer, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> LLTokenizer:
+    """Return the tokens of a tokenizer, with those that are added texts as texts.
+
+    llguidance takes every added token in angle brackets for a control token, which no text spells. Qwen writes the mark
+    of a call as one such token: without it, the model would have to spell the mark in letters, which it never saw.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    control = {*control_tokens(tokenizer).values(), *ends}
+    if not any(map(tokens.is_special_token, tokenizer.added_tokens_decoder.keys() - control)):
+        return tokens
+    return LLTokenizer(TokenizerWrapper(_Tokens(tokens, control, ends[0])), eos_token=ends)
 
 
 def _reason(error: str) -> str:

@@ -37,9 +37,11 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
         )
     form = body.response_format or {"type": "text"}
     return {
+        "messages": body.messages,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
+        "grammar_field": "response_format",
         "grammar": answer_grammar(form, form.get("json_schema"), "response_format"),
         # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,
@@ -53,10 +55,10 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
     texts, tokens = [""] * question.choices, [[] for _ in range(question.choices)]
     finish: list[str | None] = [None] * question.choices
     called: list[list[Call]] = [[] for _ in range(question.choices)]
-    readers = _readers(question)
+    readers = [question.reader() for _ in range(question.choices)]
     async for found in answers.pieces():
         number, piece = found
-        text, called[number] = _split(piece, readers[number])
+        text, called[number] = split(piece, readers[number])
         texts[number] += text
         tokens[number] += piece.logprobs
         finish[number] = piece.finish
@@ -103,7 +105,7 @@ async def stream_chat(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return sse({**head, "choices": [choice], **rest})
 
-    readers = _readers(question)
+    readers = [question.reader() for _ in range(question.choices)]
     try:
         # Clients take the role from the first chunk of each choice.
         for number in range(question.choices):
@@ -113,7 +115,7 @@ async def stream_chat(
                 yield COMMENT
                 continue
             number, piece = found
-            text, calls = _split(piece, readers[number])
+            text, calls = split(piece, readers[number])
             # The last piece may have neither, and an empty delta would look like a token.
             if text or piece.logprobs:
                 yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
@@ -158,19 +160,14 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.token, "logprob": token.logprob, "bytes": content}
 
 
-def _readers(question: Question) -> list[CallReader | None]:
-    tools = question.tools
-    return [None if tools is None else CallReader(tools) for _ in range(question.choices)]
-
-
-def _split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
+def split(piece: Piece, reader: CallReader | None) -> tuple[str, list[Call]]:
     """Return the text of a piece without parts of calls, and with the last piece the calls of the answer."""
     if reader is None:
         return piece.text, []
     text = reader.add(piece.text)
     if piece.finish is None:
         return text, []
-    held, calls = reader.end()
+    held, calls = reader.end(is_cut=piece.finish == "length")
     return text + held, calls
 
 

@@ -22,8 +22,8 @@ from bindllm.media import SUFFIXES, Media
 from bindllm.media.source import NamedBytes
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.api.errors import ApiError, located, shown
-from bindllm.serving.api.schema import CacheSettings, ShotBody
-from bindllm.serving.api.tools import tool_messages, uses_tools
+from bindllm.serving.api.schema import CacheSettings, ShotBody, check_depth
+from bindllm.serving.api.tools import tool_message, uses_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.fetch import fetch
 from bindllm.shots import Shot
@@ -70,18 +70,23 @@ class ContentReader:
         names = names or [f"messages[{number}]" for number in range(len(messages))]
         given = [self._resolved(message, name) for message, name in zip(messages, names, strict=True)]
         parsed: list[Message] = []
-        for with_tools, group in groupby(given, key=uses_tools):
-            if with_tools:
-                parsed += tool_messages([*group], parsed)
-            else:
+        for with_tools, group in groupby(zip(given, names, strict=True), key=lambda one: uses_tools(one[0])):
+            if not with_tools:
                 # A client sends back the answers of the model, which may have been empty.
-                parsed += parse_messages([*group], self._outside(), allow_empty_answers=True)
+                turns = [message for message, _ in group]
+                parsed += parse_messages(turns, self._outside(), allow_empty_answers=True)
+                continue
+            for message, name in group:
+                check_depth(message, name)
+                with located(name):
+                    parsed.append(tool_message(message, parsed))
         if not parsed or parsed[-1].role not in ("user", "tool"):
             role = parsed[-1].role if parsed else "none"
             raise ApiError(
                 400,
                 f"the last message is of the role {role!r}; it must be the user's question or a tool's result",
-                param="messages",
+                # The endpoints have different names for it.
+                param=names[-1].partition("[")[0],
             )
         self._count_characters(*(message.text for message in parsed))
         self._count_characters(

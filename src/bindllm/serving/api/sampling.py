@@ -19,11 +19,11 @@ from bindllm.model.generation import shots_limit
 from bindllm.report.page import thumbnail
 from bindllm.serving.api.content import ContentReader, choose_cache
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.api.schema import ChatBody, SampledBody
-from bindllm.serving.api.tools import Tools, read_tools
+from bindllm.serving.api.schema import ChatBody, ResponsesBody, SampledBody
+from bindllm.serving.api.tools import CallReader, Tools, read_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
-from bindllm.serving.request import Request
+from bindllm.serving.request import Request, SettingError
 from bindllm.shots import add_shots, fit_shots
 
 THUMBNAIL = 96
@@ -39,6 +39,7 @@ class Question:
         request: to the engine.
         choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
+        grammar_field: field of the body that sets the grammar of the answer, for errors.
         tools: that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
         created: time of the request, in seconds since 1970.
@@ -48,19 +49,32 @@ class Question:
     request: Request
     choices: int
     wants_neighbors: bool
+    grammar_field: str
     tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def reader(self) -> CallReader | None:
+        """Return a reader of the calls of one choice; None: the answer is only text."""
+        return None if self.tools is None else CallReader(self.tools)
+
+    def named(self, error: Exception) -> Exception:
+        """Return an error of the engine; one about a setting names the field of the body."""
+        if not isinstance(error, SettingError):
+            return error
+        field = self.grammar_field if error.field == "grammar" else error.field
+        return ApiError(400, str(error), param=field)
+
 
 def read_question(
-    body: SampledBody,
-    messages: Sequence[Mapping[str, Any]],
+    body: ChatBody | ResponsesBody,
     model: BindLLM,
     config: ServeConfig,
     *,
+    messages: Sequence[Mapping[str, Any]],
     max_tokens: int | None,
     logprobs: int | None,
+    grammar_field: str,
     choices: int = 1,
     names: Sequence[str] | None = None,
     **settings: Any,
@@ -68,12 +82,13 @@ def read_question(
     """Turn a body into a request.
 
     Args:
-        body: fields that all endpoints share.
-        messages: the conversation.
+        body: fields that both endpoints share.
         model: answers it.
         config: limits, and the name of the model.
+        messages: the conversation.
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
+        grammar_field: where the format of the answer is in the body.
         choices: number of answers.
         names: where each message is in the body, as for `ContentReader.conversation`.
         settings: further fields of the request.
@@ -88,9 +103,9 @@ def read_question(
         raise ApiError(
             400, f"n is {choices}; this server gives at most {config.max_choices} choices", param="n"
         )
-    tools = read_tools(body, model.tokenizer) if isinstance(body, ChatBody) else None
-    if tools is not None and tools.grammar is not None:
-        settings["grammar"] = tools.grammar
+    tools = read_tools(body, model.tokenizer, has_format=settings.get("grammar") is not None)
+    if tools is not None:
+        settings["grammar"], grammar_field = tools.grammar, "tools"
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
     conversation = _with_shots(conversation, body, reader, model, max_tokens)
@@ -109,7 +124,7 @@ def read_question(
         seed=body.seed,
         **settings,
     )
-    return Question(config.model, request, choices, bool(body.neighbors), tools)
+    return Question(config.model, request, choices, bool(body.neighbors), grammar_field, tools)
 
 
 def check_model(name: str | None, config: ServeConfig) -> None:

@@ -33,6 +33,7 @@ Positive = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 # Where other servers and programs have media: here they are content parts, and a field would be dropped.
@@ -43,7 +44,7 @@ _MEDIA = dict.fromkeys(
 # has the field reads it instead.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **_MEDIA,
-    **dict.fromkeys(("tools", "functions"), ([],)),
+    "functions": ([],),
     **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens", "top_k"), (0,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
@@ -63,12 +64,13 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     # A limit on tokens has another name at every server.
     **dict.fromkeys(("max_new_tokens", "num_predict"), ()),
     "top_k": (0, -1),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "add_generation_prompt": (True,),
 }
+# A setting of the server, not a part of the description for the model: arguments always follow their schema here.
+_NOT_SHOWN = {"strict"}
 
 
 class Settings(BaseModel):
@@ -190,7 +192,7 @@ class FunctionBody(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -217,6 +219,25 @@ class ToolChoice(BaseModel):
     function: FunctionName
 
 
+class FunctionToolBody(BaseModel):
+    """A tool as the Responses describe it: the function is not an object of its own."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    # First, so that the error of another type of tool names the type and not a missing field.
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class FunctionChoice(BaseModel):
+    """The function that must be called, as the Responses name it."""
+
+    type: Literal["function"]
+    name: str
+
+
 class SampledBody(Body):
     """Fields that both forms of a question have."""
 
@@ -232,6 +253,7 @@ class SampledBody(Body):
     neighbors: bool | None = Field(
         None, description="return the images that the visual cache blends in, with thumbnails"
     )
+    parallel_tool_calls: bool | None = None
 
 
 class ChatBody(SampledBody):
@@ -254,8 +276,19 @@ class ChatBody(SampledBody):
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[ToolBody], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools as chat templates read them."""
+        return [
+            tool.model_dump(exclude_unset=True, exclude={"function": _NOT_SHOWN}) for tool in self.tools or ()
+        ]
+
+    @property
+    def named(self) -> str | None:
+        """The function that must be called, if `tool_choice` names one."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
 
 
 class ResponsesBody(SampledBody):
@@ -274,6 +307,21 @@ class ResponsesBody(SampledBody):
     max_output_tokens: Positive | None = None
     include: Annotated[list[str], Items] | None = None
     text: dict[str, Any] | None = None
+    tools: Annotated[list[FunctionToolBody], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+
+    @property
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools as chat templates read them."""
+        dumps = (
+            tool.model_dump(exclude_unset=True, exclude={"type", *_NOT_SHOWN}) for tool in self.tools or ()
+        )
+        return [{"type": "function", "function": function} for function in dumps]
+
+    @property
+    def named(self) -> str | None:
+        """The function that must be called, if `tool_choice` names one."""
+        return self.tool_choice.name if isinstance(self.tool_choice, FunctionChoice) else None
 
 
 class EmbeddingsBody(Body):

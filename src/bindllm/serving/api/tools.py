@@ -1,9 +1,8 @@
-"""Tools of chat completions: those of a request, the messages of calls and results, and the calls in an answer."""
+"""Tools: those of a request, the messages of calls and results, and the calls in an answer."""
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bindllm.conversation import Message
 from bindllm.model.generation.calls import STRICT_JSON, Call, CallForm
 from bindllm.serving.api.errors import ApiError, shown
-from bindllm.serving.api.schema import ChatBody, check_depth
+from bindllm.serving.api.schema import ChatBody, ResponsesBody, check_depth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,23 +33,30 @@ class Tools:
     form: CallForm
 
     @property
-    def grammar(self) -> str | None:
-        """The grammar of the answer; None: any text."""
-        functions = [tool["function"] for tool in self.tools if tool["function"]["name"] in self.required]
-        return self.form.grammar(functions, most=None if self.several else 1) if functions else None
+    def grammar(self) -> str:
+        """The grammar of the answer."""
+        functions = [tool["function"] for tool in self.tools]
+        chosen = [function for function in functions if function["name"] in self.required]
+        return self.form.grammar(chosen or functions, several=self.several, required=bool(chosen))
 
 
-def read_tools(body: ChatBody, tokenizer: PreTrainedTokenizerBase) -> Tools | None:
+def read_tools(
+    body: ChatBody | ResponsesBody, tokenizer: PreTrainedTokenizerBase, *, has_format: bool
+) -> Tools | None:
     """Return the tools of a request, or None if it has none or must not use them.
+
+    Args:
+        body: the request.
+        tokenizer: its chat template writes the calls.
+        has_format: whether the answer follows another format.
 
     Raises:
         ApiError: a choice that does not fit the tools, or a model that cannot use tools.
     """
-    tools = tuple(tool.model_dump(exclude_unset=True) for tool in body.tools or ())
-    names, choice = tuple(tool["function"]["name"] for tool in tools), body.tool_choice or "auto"
+    tools, named, choice = tuple(body.functions), body.named, body.tool_choice or "auto"
+    names = tuple(tool["function"]["name"] for tool in tools)
     if len({*names}) < len(names):
         raise ApiError(400, "two tools have one name", param="tools")
-    named = None if isinstance(choice, str) else choice.function.name
     required = tuple(name for name in names if choice == "required" or name == named)
     if not required and choice not in ("none", "auto"):
         raise ApiError(
@@ -60,9 +66,11 @@ def read_tools(body: ChatBody, tokenizer: PreTrainedTokenizerBase) -> Tools | No
         )
     if not tools or choice == "none":
         return None
-    if body.response_format not in (None, {"type": "text"}):
+    if has_format:
         raise ApiError(
-            400, "tools and response_format would both set the form of the answer; give one", param="tools"
+            400,
+            "tools and response_format (text.format) would both set the form of the answer; give one",
+            param="tools",
         )
     for tool in tools:
         check_depth(tool, "tools")
@@ -84,39 +92,37 @@ def uses_tools(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "tool" or bool(message.get("tool_calls"))
 
 
-def tool_messages(messages: Sequence[Mapping[str, Any]], before: Sequence[Message]) -> list[Message]:
-    """Return messages of `uses_tools`, for the chat template.
+def tool_message(message: Mapping[str, Any], before: Sequence[Message]) -> Message:
+    """Return a message of `uses_tools`, for the chat template.
 
     Args:
-        messages: of the request, with content parts that are texts or media.
-        before: the messages before them.
+        message: of the request, with content parts that are texts or media.
+        before: the messages before it.
 
     Raises:
         ApiError: a message that is not in OpenAI's form.
     """
-    read = list(before)
-    for message in messages:
-        check_depth(message, "messages")
-        text = _text(message.get("content"))
-        if message.get("role") == "assistant":
-            given = message["tool_calls"]
-            calls = [_read_call(call) for call in (given if isinstance(given, list) else [given])]
-            read.append(Message("assistant", text, {"tool_calls": calls}))
-            continue
-        known = {c["id"]: c["function"]["name"] for m in read for c in m.fields.get("tool_calls", ())}
-        call = message.get("tool_call_id")
-        if not isinstance(call, str) or call not in known:
-            raise _fault(f"a tool message has the tool_call_id {shown(call)}, which no call before it has")
-        read.append(Message("tool", text, {"tool_call_id": call, "name": known[call]}))
-    return read[len(before) :]
+    content = message.get("content")
+    if message.get("role") == "assistant":
+        given = message["tool_calls"]
+        calls = [_read_call(call) for call in (given if isinstance(given, list) else [given])]
+        return Message("assistant", _text(content or ""), {"tool_calls": calls})
+    known = {c["id"]: c["function"]["name"] for m in before for c in m.fields.get("tool_calls", ())}
+    call = message.get("tool_call_id")
+    if not isinstance(call, str) or call not in known:
+        raise ApiError(400, f"the result of a tool has the id {shown(call)}, which no call before it has")
+    return Message("tool", _text(content), {"tool_call_id": call, "name": known[call]})
+
+
+def function_of(call: Call) -> dict[str, str]:
+    """Return name and arguments of a call; OpenAI's API has the arguments as a text."""
+    return {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
 
 
 def for_client(call: Call, index: int | None = None) -> dict[str, Any]:
-    """Return a call in OpenAI's form, with an index if it is a part of a stream."""
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    """Return a call in the form of chat completions, with an index if it is a part of a stream."""
     place = {} if index is None else {"index": index}
-    function = {"name": call.name, "arguments": arguments}
-    return {**place, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {**place, "id": call.id, "type": "function", "function": function_of(call)}
 
 
 class CallReader:
@@ -149,8 +155,15 @@ class CallReader:
         self._has_text = self._has_text or bool(given)
         return given
 
-    def end(self) -> tuple[str, list[Call]]:
-        """Return the rest of the text, and the calls. What only looks like a call is text."""
+    def end(self, *, is_cut: bool) -> tuple[str, list[Call]]:
+        """Return the rest of the text, and the calls. The beginning of a call is text if the answer was cut.
+
+        Args:
+            is_cut: whether the answer has reached its limit on tokens, which its client is told.
+
+        Raises:
+            ApiError: a stop string has ended the answer inside of a call.
+        """
         calls, at = [], 0
         while self._several or not calls:
             call = self._form.read(self._held, at)
@@ -159,6 +172,13 @@ class CallReader:
             calls.append(call)
             at = call.stop
         rest = self._held[at:]
+        # The grammar lets the model end a call only as a whole.
+        if self._has_call and not is_cut and self._form.start.strip() in rest:
+            raise ApiError(
+                400,
+                "a stop string has ended the answer inside of a call; leave stop out, or use one that no call has",
+                param="stop",
+            )
         return rest.strip() if calls else rest, calls
 
 
@@ -168,16 +188,12 @@ def _length_of_beginning(text: str, mark: str) -> int:
     return next((length for length in lengths if text.endswith(mark[:length])), 0)
 
 
-def _fault(message: str) -> ApiError:
-    return ApiError(400, message, param="messages")
-
-
 def _text(content: Any) -> str:
     """Return the content of a message with tool calls, or of a tool, whose parts are texts and media."""
-    parts = content if isinstance(content, list) else [content or ""]
+    parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, str) for part in parts):
-        raise _fault(
-            f"the content of a message with tool calls or of a tool is {shown(content)}, expected texts"
+        raise ApiError(
+            400, f"the content of a message with tool calls or of a tool is {shown(content)}, expected texts"
         )
     return "".join(parts)
 
@@ -193,7 +209,8 @@ def _read_call(call: Any) -> dict[str, Any]:
             if isinstance(arguments, dict):
                 function = {"name": name, "arguments": arguments}
                 return {"id": name_of_call, "type": "function", "function": function}
-    raise _fault(
-        'a tool call is not in the form {"id": "...", "type": "function", "function": {"name": "...", "arguments": '
-        '"{...}"}}, with arguments that are a JSON object in a text'
+    raise ApiError(
+        400,
+        "a tool call needs an id (call_id in /v1/responses), the name of its function, and arguments that are a JSON "
+        'object in a text, such as "{\\"city\\": \\"Paris\\"}"',
     )

@@ -34,7 +34,7 @@ from bindllm.evaluation.measures import (
     join_positions,
     mean_ranks,
 )
-from bindllm.model.checkpoint import license_of
+from bindllm.model.card import license_of
 from bindllm.training.align.data import AlignData, PairSet
 from bindllm.training.module import AnyEncoder
 from bindllm.training.optim import OptimConfig, ZeroGradientCheck, configure_lightning

@@ -1,4 +1,4 @@
-"""`bindllm evaluate`: the whole way from a command line to a table and a JSON file, and its mistakes."""
+"""`bindllm zero_shot`: the whole way from a command line to a table and a JSON file, and its mistakes."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def shown(text: str) -> dict[str, float]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_from_the_command_line(layout, capsys):
     LAYOUTS[layout](Path("set"))
-    assert main(["evaluate", layout, "set", *ENCODER, "--output", "out/result.json"]) == 0
+    assert main(["zero_shot", layout, "set", *ENCODER, "--output", "out/result.json"]) == 0
     told = capsys.readouterr().out
     found = json.loads(Path("out/result.json").read_text())
     values = {one["name"]: one["value"] for one in found["measures"]}
@@ -43,7 +43,7 @@ def test_every_layout_from_the_command_line(layout, capsys):
 def test_what_is_missing_is_printed(capsys):
     tiny.audiocaps(Path("set"))
     tiny.write(Path("set/audio/rain1.wav"), "broken")
-    assert main(["evaluate", "audiocaps", "set", *ENCODER]) == 0
+    assert main(["zero_shot", "audiocaps", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
     assert "1 of 3 audio media measured" in told
     assert "skipped: 1 x the file does not exist (vanishedxxx from 20 s)" in told
@@ -55,7 +55,7 @@ def test_names_of_files_do_not_command_the_terminal(capsys):
     tiny.write(
         Path("set/meta/esc50.csv"), "filename,fold,target,category\n1-a.wav,1,0,dog\n\x1b[31m.wav,1,1,cat\n"
     )
-    assert main(["evaluate", "esc50", "set", *ENCODER]) == 0
+    assert main(["zero_shot", "esc50", "set", *ENCODER]) == 0
     told = capsys.readouterr().out
     assert "1 x the file does not exist (?[31m.wav)" in told
     assert "\x1b" not in told
@@ -63,7 +63,7 @@ def test_names_of_files_do_not_command_the_terminal(capsys):
 
 def test_the_second_run_encodes_nothing(capsys):
     tiny.esc50(Path("set"))
-    line = ["evaluate", "esc50", "set", *ENCODER, "--fold", "1", "--fold", "2", "--store", "kept"]
+    line = ["zero_shot", "esc50", "set", *ENCODER, "--fold", "1", "--fold", "2", "--store", "kept"]
     assert main(line) == 0
     # Two of the four clips have the same content.
     assert "6 encoded now" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_second_run_encodes_nothing(capsys):
 def test_an_option_may_name_the_home_folder_after_its_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     tiny.esc50(Path("set"))
-    assert main(["evaluate", "esc50", "set", *ENCODER, "--store=~/kept", "--output=~/result.json"]) == 0
+    assert main(["zero_shot", "esc50", "set", *ENCODER, "--store=~/kept", "--output=~/result.json"]) == 0
     assert {path.name for path in (tmp_path / "home").iterdir()} == {"kept", "result.json"}
     assert not Path("~").exists()
 
@@ -83,7 +83,7 @@ def test_an_option_may_name_the_home_folder_after_its_equals_sign(tmp_path, monk
 def test_options_reach_the_measurement(capsys):
     tiny.esc50(Path("set"))
     tiny.write(Path("prompts.txt"), "the noise of {}\n{}\n")
-    line = ["evaluate", "esc50", "set", *ENCODER, "--output", "r.json", "--fold", "1", "--limit", "1"]
+    line = ["zero_shot", "esc50", "set", *ENCODER, "--output", "r.json", "--fold", "1", "--limit", "1"]
     assert main([*line, "--prompts", "prompts.txt"]) == 0
     found = json.loads(Path("r.json").read_text())
     assert found["templates"] == ["the noise of {}", "{}"]
@@ -104,7 +104,7 @@ def test_columns_of_a_table():
     for row in rows:
         for file in row.values():
             tiny.write(Path("set", file), Path(file).stem)
-    line = ["evaluate", "table", "set", *ENCODER, "--split", "validation", "--output", "r.json"]
+    line = ["zero_shot", "table", "set", *ENCODER, "--split", "validation", "--output", "r.json"]
     assert main([*line, "--from", "audio:sound", "--to", "image"]) == 0
     found = json.loads(Path("r.json").read_text())
     assert {one["name"]: one["value"] for one in found["measures"]} == {
@@ -120,7 +120,7 @@ def test_a_cache_from_its_folder(capsys):
     VisualCache.build("cache", store)
     tiny.write(Path("set/dog/a.wav"), "dog dog dog dog rain rain rain rain rain")
     tiny.write(Path("set/rain/b.wav"), "rain")
-    line = ["evaluate", "folder", "set", *ENCODER]
+    line = ["zero_shot", "folder", "set", *ENCODER]
     assert main(line) == 0
     assert shown(capsys.readouterr().out)["top-1 accuracy"] == 0.5
     assert main([*line, "--cache", "cache", "--cache_top_k", "1"]) == 0
@@ -137,7 +137,7 @@ def test_encoders_of_a_checkpoint_and_further_ones(capsys):
     entry = {"class_path": "tiny_layouts.WordEncoder", "init_args": {"modalities": "audio"}}
     entry["fingerprint"] = tiny.WordEncoder("audio").fingerprint()
     Path("folder/bindllm.json").write_text(json.dumps({"format": 1, "encoders": [entry]}))
-    line = ["evaluate", "esc50", "set", "--checkpoint", "folder", "--allow", "tiny_layouts.WordEncoder"]
+    line = ["zero_shot", "esc50", "set", "--checkpoint", "folder", "--allow", "tiny_layouts.WordEncoder"]
     assert main(line) == 1
     assert "needs an encoder of text" in capsys.readouterr().err
     assert main([*line, *ENCODER, "--encoder.space", "other"]) == 0
@@ -181,12 +181,12 @@ def test_encoders_of_a_checkpoint_and_further_ones(capsys):
 )
 def test_mistakes_are_explained(line, code, told, capsys):
     tiny.esc50(Path("set"))
-    assert main(["evaluate", *line]) == code
+    assert main(["zero_shot", *line]) == code
     assert told in capsys.readouterr().err
 
 
 def test_help_lists_the_layouts(capsys):
     with pytest.raises(SystemExit):
-        main(["evaluate", "--help"])
+        main(["zero_shot", "--help"])
     told = capsys.readouterr().out
     assert all(f"\n  {layout} " in told for layout in (*LAYOUTS, "folder", "table"))

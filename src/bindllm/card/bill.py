@@ -1,0 +1,120 @@
+"""The bill of materials of a checkpoint: one CycloneDX 1.6 file with its models, data and software.
+
+https://cyclonedx.org/docs/1.6/json/
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from bindllm import __version__
+from bindllm.card.licenses import UNKNOWN, Combined, Licensed, spdx
+
+BILL_FILE = "bom.cdx.json"
+
+_KINDS = {"decoder": "machine-learning-model", "encoder": "machine-learning-model", "training data": "data"}
+_CLASSIFIER = "License :: OSI Approved :: "
+
+
+def bill_of_materials(
+    name: str, manifest: Mapping[str, Any], rows: Sequence[Licensed], combined: Combined
+) -> dict[str, Any]:
+    """Return the content of the file.
+
+    The same checkpoint in the same environment gives the same file: it has no time of writing.
+
+    Args:
+        name: name of the model.
+        manifest: content of ``bindllm.json``.
+        rows: the parts with their licenses.
+        combined: their combined license.
+    """
+    weights = manifest["weights_sha256"]
+    prints = {"decoder": [manifest["decoder"]["fingerprint"]]}
+    prints["encoder"] = [entry["fingerprint"] for entry in manifest["encoders"]]
+    parts = [_part(n, row, prints) for n, row in enumerate(rows) if row.part in _KINDS]
+    packages = [_package(found) for found in installed_packages()]
+    root = {
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": name,
+        "hashes": [{"alg": "SHA-256", "content": weights}],
+        "licenses": [{"expression": combined.expression}],
+    }
+    tool = {"type": "application", "name": "bindllm", "version": __version__}
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        # Of the weights, so that equal checkpoints have equal files.
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, f'sha256:{weights}')}",
+        "version": 1,
+        "metadata": {"component": root, "tools": {"components": [tool]}},
+        "components": [*parts, *packages],
+        "dependencies": [{"ref": "model", "dependsOn": [part["bom-ref"] for part in (*parts, *packages)]}],
+    }
+
+
+def _part(number: int, row: Licensed, prints: Mapping[str, list[str]]) -> dict[str, Any]:
+    properties = [{"name": "bindllm:part", "value": row.part}]
+    if own := prints.get(row.part):
+        # In the order of the manifest, as the rows are.
+        properties.append({"name": "bindllm:fingerprint", "value": own.pop(0)})
+    return {
+        "type": _KINDS[row.part],
+        "bom-ref": f"part-{number}",
+        "name": row.name,
+        "licenses": [{"expression": row.expression}],
+        "properties": properties,
+    }
+
+
+def _package(found: Distribution) -> dict[str, Any]:
+    name, version = re.sub(r"[-_.]+", "-", found.name).lower(), found.version
+    purl = f"pkg:pypi/{name}@{version}"
+    return {
+        "type": "library",
+        "bom-ref": purl,
+        "name": name,
+        "version": version,
+        "purl": purl,
+        "licenses": [{"expression": license_of_package(found)}],
+    }
+
+
+def license_of_package(found: Distribution) -> str:
+    """Return the SPDX expression of an installed package, from its metadata."""
+    # A long text is the license itself, not its name.
+    words = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
+    expression = spdx(words) if len(words) < 80 else UNKNOWN
+    if UNKNOWN not in expression and not expression.startswith("LicenseRef-"):
+        return expression
+    names = [
+        line.rpartition(" :: ")[2] for line in found.metadata.get_all("Classifier", []) if _CLASSIFIER in line
+    ]
+    known = {"MIT License": "MIT", "Apache Software License": "Apache-2.0", "BSD License": "BSD-3-Clause"}
+    return next((known[name] for name in names if name in known), expression)
+
+
+def installed_packages(name: str = "bindllm") -> Iterable[Distribution]:
+    """Return a package and those that it requires, directly or not, as they are installed, sorted by name."""
+    found: dict[str, Distribution] = {}
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            # Of an optional platform, or a source tree that was never installed.
+            continue
+        if package.name.lower() in found:
+            continue
+        found[package.name.lower()] = package
+        requirements = [Requirement(line) for line in package.requires or ()]
+        waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,139 @@
+"""Answers of a model to held-out items, batch by batch: greedy texts, or the most likely option of a multiple choice.
+
+Prompts of similar length share a batch, and equal inputs are answered once. Batches depend only on the items and the
+batch size, so an evaluation that skips batches which are done gives the answers of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bindllm.conversation import Message
+from bindllm.data.batches import sorted_batches
+from bindllm.data.collate import Lookup, answer_batch, prompt_batch, records_of, tokens_of
+from bindllm.data.formats import answer_of
+from bindllm.data.rows import Sample, with_conversation
+from bindllm.model.bindllm import BindLLM
+
+Answers = Iterator[tuple[list[int], list[str]]]
+"""Positions of items, and their answers, for each batch."""
+
+_CHUNK = 1024
+"""Samples whose embeddings are read at a time, so that memory does not grow with their number."""
+
+
+def answer_batches(
+    model: BindLLM,
+    items: Sequence[Sample],
+    lookup: Lookup,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
+) -> Answers:
+    """Yield positions and greedy answers to the last question of each item, batch by batch.
+
+    Args:
+        model: in eval mode.
+        items: the questions.
+        lookup: returns the embeddings of media groups.
+        batch_size: different inputs answered at the same time.
+        max_new_tokens: longest answer.
+        is_done: whether all items at these positions have an answer already; their batch is skipped.
+    """
+    pad_id = model.tokenizer.pad_token_id
+    for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
+        # Padded on the left, so that generation starts at one position.
+        batch = prompt_batch([items[n] for n in rows], lookup, pad_id=pad_id)
+        texts = model.decode(model.generate_from(**batch, max_new_tokens=max_new_tokens))
+        yield _to_all(positions, texts)
+
+
+@torch.no_grad()
+def choice_batches(
+    model: BindLLM,
+    items: Sequence[Sample],
+    lookup: Lookup,
+    *,
+    batch_size: int,
+    is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
+) -> Answers:
+    """Yield positions and, for each multiple choice, the answer with the highest log-likelihood, batch by batch.
+
+    The answers of the options differ only in their letter, "The answer is (B).", so they have the same length and need
+    no normalization. The first of equally likely ones counts. Arguments as for `answer_batches`.
+    """
+    pad_id = model.tokenizer.pad_token_id
+    for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
+        texts = []
+        # One item at a time: its options are the rows of a batch.
+        for item in (items[n] for n in rows):
+            answers = [answer_of(item.options, n) for n, option in enumerate(item.options) if option]
+            candidates = [_answered(item, answer, model) for answer in answers]
+            batch = answer_batch(candidates, lookup, pad_id=pad_id)
+            output = model(**{name: value.to(model.device) for name, value in batch.items()})
+            likely = _log_likelihoods(output.logits, output.targets, output.rows, len(candidates))
+            texts.append(answers[int(likely.argmax())])
+        yield _to_all(positions, texts)
+
+
+def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
+    """Return a digest of the model's input for each sample: the prompt, its media index, embeddings and tokens."""
+    digests = []
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        # One embedding for each media group, in the order of the samples.
+        vectors = iter(lookup([group for sample in chunk for group in sample.media]))
+        for sample in chunk:
+            # The embeddings, not the file names: two files with the same content are the same input.
+            digest = hashlib.sha256(sample.input_ids[: sample.prompt_length].tobytes())
+            digest.update(sample.media_index[: sample.prompt_length].tobytes())
+            for _ in sample.media:
+                digest.update(next(vectors).numpy().tobytes())
+            # Sample by sample: the tokens of a chunk would take gigabytes.
+            if sample.media and (records := records_of(lookup, sample.media)) is not None:
+                digest.update(b"".join(part.numpy().tobytes() for part in records))
+            if sample.media and (tokens := tokens_of(lookup, sample.media)) is not None:
+                digest.update(tokens.numpy().tobytes())
+            digests.append(digest.digest())
+    return digests
+
+
+def _distinct_batches(
+    items: Sequence[Sample], lookup: Lookup, batch_size: int, is_done: Callable[[Sequence[int]], bool]
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yield the first position of each distinct input of a batch, and all its positions."""
+    # Without media every wording of a question is one input, however many images it was asked about.
+    same: dict[bytes, list[int]] = {}
+    for n, digest in enumerate(input_digests(items, lookup)):
+        same.setdefault(digest, []).append(n)
+    distinct = list(same.values())
+    for rows in sorted_batches([items[every[0]].prompt_length for every in distinct], batch_size=batch_size):
+        positions = [distinct[n] for n in rows]
+        if not is_done([n for every in positions for n in every]):
+            yield [every[0] for every in positions], positions
+
+
+def _to_all(positions: Sequence[list[int]], texts: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return all positions of the inputs of a batch, and the answer of each."""
+    pairs = [(n, text) for every, text in zip(positions, texts, strict=True) for n in every]
+    return [n for n, _ in pairs], [text for _, text in pairs]
+
+
+def _answered(item: Sample, answer: str, model: BindLLM) -> Sample:
+    conversation = item.conversation
+    conversation = replace(conversation, messages=(*conversation.messages[:-1], Message("assistant", answer)))
+    made = with_conversation(item, conversation, model.tokenizer)
+    # The item may have lost its media: then none of its tokens listens to any.
+    return made if item.media else replace(made, media_index=made.media_index * 0 - 1)
+
+
+def _log_likelihoods(logits: Tensor, targets: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the log-likelihood of the supervised tokens of each row, [B], from logits [N, V]."""
+    own = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return torch.zeros(count, device=own.device).index_add_(0, rows, own).cpu()

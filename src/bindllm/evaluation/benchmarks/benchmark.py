@@ -1,0 +1,281 @@
+"""A benchmark: a reader of its published layout, a parser of answers, and a metric; and its items.
+
+A reader yields an `Entry` for each question. Its record is a row of a data source (docs/data.md), so the one parser of
+rows makes the conversation, and a benchmark needs no prompt code of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bindllm.data.answers import option_letter
+from bindllm.data.formats import read_row
+from bindllm.data.formats.media import FolderResolver
+from bindllm.data.messages import RowError
+from bindllm.data.report import Skipped
+from bindllm.data.rows import Row
+from bindllm.data.source_config import Format, SourceConfig
+from bindllm.data.tables import Record
+from bindllm.errors import InputError, did_you_mean
+from bindllm.evaluation.benchmarks.metrics import Line, Metric
+from bindllm.evaluation.layouts.dataset import NO_FILE
+from bindllm.media import Media
+from bindllm.shots import Shot, add_shots
+
+SHORT = "{question}\nAnswer the question using a single word or phrase."
+"""Prompt of the short answers of LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One question, as the layout of a benchmark gives it.
+
+    Args:
+        id: name of the question; unique in a benchmark.
+        record: a row of the benchmark's format. Its media are a path, bytes, or None for a file that does not exist.
+        groups: labels of the question, each with its value, for scores by group.
+        unit: questions of one unit count together; empty: the question is a unit of its own.
+        shots: records of worked examples before the question.
+        facts: further values for the parser or the metric.
+        problem: why it cannot be asked; empty: it can.
+    """
+
+    id: str
+    record: Record
+    groups: Mapping[str, str] = field(default_factory=dict)
+    unit: str = ""
+    shots: Sequence[Record] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question that can be asked.
+
+    Attributes:
+        id: name of the question.
+        row: the conversation with one of the true answers, all true answers, and the options of a multiple choice.
+        groups, unit, facts: as in `Entry`.
+    """
+
+    id: str
+    row: Row
+    groups: Mapping[str, str]
+    unit: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The true answers, as often as the benchmark gives them."""
+        return self.row.references
+
+    @property
+    def letter(self) -> str | None:
+        """Letter of the right option of a multiple choice."""
+        return option_letter(self.references[0], self.row.options) if self.row.options else None
+
+    @property
+    def target(self) -> str | list[str]:
+        """The right letter, the true answer, or all true answers."""
+        several = len(self.references) > 1 or self.row.task == "caption"
+        return self.letter or (list(self.references) if several else self.references[0])
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Media of the question itself; those of its shots are not included."""
+        return self.row.conversation.messages[-2].media
+
+
+Parser = Callable[[str, Item], Any]
+"""Returns the answer that a text gives, JSON-able, or None if it gives none: it is counted as unparsed, and wrong."""
+Score = Callable[[Item, Any], Mapping[str, float]]
+"""Returns ``score`` of a parsed answer, and the further sums of the metric, if it has any."""
+
+
+def right_or_wrong(is_right: Callable[[Item, Any], bool | float]) -> Callable[[Sequence[Item]], Score]:
+    """Return the scorer of a benchmark that needs only an item and its parsed answer; an unparsed one is wrong."""
+
+    def score(item: Item, parsed: Any) -> Mapping[str, float]:
+        return {"score": 0.0 if parsed is None else float(is_right(item, parsed))}
+
+    return lambda items: score
+
+
+def is_target(item: Item, parsed: Any) -> bool:
+    """Return whether a parsed answer is the target."""
+    return parsed == item.target
+
+
+TARGET = right_or_wrong(is_target)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    Args:
+        name: its name on the command line.
+        title: its name in the literature, with a link to the paper.
+        read: yields the entries of a folder in the published layout.
+        parsers: parsers of answers by name; the first is the default.
+        metric: makes numbers of the scores.
+        scorer: returns the function that scores answers, for these items.
+        format: of the records: vqa, choice or caption.
+        prompt: frame of a question, or the question about media with captions.
+        max_new_tokens: longest answer.
+        notes: remarks for the reader of the scores.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path], Iterable[Entry]]
+    parsers: Mapping[str, Parser]
+    metric: Metric
+    scorer: Callable[[Sequence[Item]], Score] = TARGET
+    format: Format = "vqa"
+    prompt: str = "{question}"
+    modality: str = "image"
+    max_new_tokens: int = 16
+    notes: Sequence[str] = ()
+
+    def parser(self, name: str | None) -> tuple[str, Parser]:
+        """Return a parser and its name; None: the default.
+
+        Raises:
+            InputError: the benchmark has no such parser.
+        """
+        name = next(iter(self.parsers)) if name is None else name
+        if name not in self.parsers:
+            raise InputError(f"{self.name} has no parser {name!r}. {did_you_mean(name, self.parsers)}")
+        return name, self.parsers[name]
+
+
+@dataclass
+class Items:
+    """The items of a benchmark, and the questions that cannot be asked.
+
+    Attributes:
+        items: the items.
+        skipped: questions that cannot be asked, and why.
+        num_listed: questions of the benchmark, or of the chosen part of it.
+        duplicates: ids that occurred before; ``#2`` was appended to the second one.
+    """
+
+    items: list[Item]
+    skipped: Skipped
+    num_listed: int
+    duplicates: int
+
+    def drop(self, failed: Mapping[str, str]) -> None:
+        """Remove items by id, and count them with their reasons."""
+        for name, reason in failed.items():
+            self.skipped.add(reason, name)
+        # A unit with a part of its questions would be scored as if it were whole.
+        units = {item.unit for item in self.items if item.id in failed}
+        for item in self.items:
+            if item.unit in units and item.id not in failed:
+                self.skipped.add("another question of its unit cannot be asked", item.id)
+        self.items = [item for item in self.items if item.unit not in units]
+
+
+def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | None = None) -> Items:
+    """Read the items of a benchmark.
+
+    Args:
+        benchmark: the benchmark.
+        folder: folder, or table, with its published files.
+        prompt: see `Benchmark`.
+        limit: only this many questions, chosen by the hash of their units; None: all.
+
+    Raises:
+        InputError: the folder has another layout, or none of its questions can be asked.
+    """
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; give the folder with the files of {benchmark.name}")
+    seen: Counter[str] = Counter()
+    entries = []
+    for entry in benchmark.read(folder):
+        seen[entry.id] += 1
+        # Kept, because published files repeat ids of different questions; counted, because results name them.
+        name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
+        entries.append(replace(entry, id=name, unit=entry.unit or name))
+    chosen = entries if limit is None else _limited(entries, limit)
+    found = Items([], Skipped(), len(chosen), sum(count - 1 for count in seen.values()))
+    config = SourceConfig(
+        str(folder), format=benchmark.format, modality=benchmark.modality, prompt=prompt, split="test"
+    )
+    # Readers give whole paths, because files of one benchmark are in several folders.
+    resolve, failed = FolderResolver(""), {}
+    for entry in chosen:
+        try:
+            found.items.append(_item(entry, config, resolve))
+        except InputError as error:
+            failed[entry.id] = getattr(error, "reason", str(error))
+            # It takes part in `drop` with its unit.
+            found.items.append(Item(entry.id, _NO_ROW, entry.groups, entry.unit))
+    found.drop(failed)
+    if not found.items:
+        raise InputError(
+            f"{folder}: {benchmark.name} has no question that can be asked: "
+            f"{'; '.join(found.skipped.lines()) or 'its files are empty'}"
+        )
+    return found
+
+
+_NO_ROW: Any = None
+
+
+def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:
+    def row(record: Record) -> Row:
+        if record.get(config.modality, "") is None:
+            raise RowError(NO_FILE)
+        return read_row(record, config, resolve, name=entry.id)
+
+    if entry.problem:
+        raise InputError(entry.problem)
+    made = row(entry.record)
+    shots = [row(record).conversation.messages for record in entry.shots]
+    examples = [Shot(question.text, answer.text, question.media) for question, answer in shots]
+    made = replace(made, conversation=add_shots(made.conversation, examples))
+    return Item(entry.id, made, entry.groups, entry.unit, entry.facts)
+
+
+def _limited(entries: Sequence[Entry], limit: int) -> list[Entry]:
+    """Return about this many entries in their order, whole units chosen by hash: the same ones every time."""
+    sizes = Counter(entry.unit for entry in entries)
+    kept, total = set(), 0
+    for unit in sorted(
+        sizes, key=lambda unit: hashlib.sha256(unit.encode("utf-8", "surrogatepass")).digest()
+    ):
+        if total >= limit:
+            break
+        kept.add(unit)
+        total += sizes[unit]
+    return [entry for entry in entries if entry.unit in kept]
+
+
+def line_of(item: Item, root: Path) -> Line:
+    """Return the part of a line of ``items.jsonl`` that does not depend on the answer."""
+    return {
+        "id": item.id,
+        "question": item.row.conversation.messages[-2].text,
+        "media": list(_media_names(item, root)),
+        "target": item.target,
+        "groups": dict(item.groups),
+        "unit": item.unit,
+        **({"options": list(item.row.options)} if item.row.options else {}),
+    }
+
+
+def _media_names(item: Item, root: Path) -> Iterator[str]:
+    """Yield the paths of media, relative to the folder of the benchmark; bytes of a table have no name."""
+    for media in item.media:
+        if isinstance(media.source, str | Path) and media.modality != "text":
+            path = Path(media.source)
+            yield str(path.relative_to(root) if path.is_relative_to(root) else path)

@@ -1,0 +1,164 @@
+"""Metrics of benchmarks, as functions of sums over units, so that intervals resample units without scoring again.
+
+A line is one answer, a row of ``items.jsonl``. Each metric turns the lines of a unit into sums, and the sums of all
+units into numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Line = dict[str, Any]
+Sums = dict[str, np.ndarray]
+"""Sums by name, one value for each resample: [R]. A missing name is 0."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Args:
+        name: name in ``evaluation.json``.
+        main: the number that is compared with the controls.
+        sums: returns the sums of the lines of one unit.
+        values: returns the numbers of sums; NaN: not defined for them.
+    """
+
+    name: str
+    main: str
+    sums: Callable[[Sequence[Line]], dict[str, float]]
+    values: Callable[[Sums], Sums]
+
+
+def ratio(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
+    """Return a / b, NaN for 0 / 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(a, dtype=float) / np.asarray(b, dtype=float)
+
+
+def _accuracy_sums(lines: Sequence[Line]) -> dict[str, float]:
+    return {"count": len(lines), "right": sum(line["score"] for line in lines)}
+
+
+def _accuracy(sums: Sums) -> Sums:
+    return {"accuracy": ratio(sums["right"], sums["count"])}
+
+
+ACCURACY = Metric("accuracy", "accuracy", _accuracy_sums, _accuracy)
+"""Mean score of the questions, 0..1."""
+
+
+def _yes_no_sums(lines: Sequence[Line]) -> dict[str, float]:
+    pairs = [(line["target"], line["parsed"]) for line in lines]
+    return {
+        **_accuracy_sums(lines),
+        "hits": sum(pair == ("yes", "yes") for pair in pairs),
+        "yes": sum(parsed == "yes" for _, parsed in pairs),
+        "true_yes": sum(target == "yes" for target, _ in pairs),
+    }
+
+
+def _yes_no(sums: Sums) -> Sums:
+    return {
+        **_accuracy(sums),
+        "precision": ratio(sums["hits"], sums["yes"]),
+        "recall": ratio(sums["hits"], sums["true_yes"]),
+        # 2 PR / (P + R), without its division by zero.
+        "f1": ratio(2 * sums["hits"], sums["yes"] + sums["true_yes"]),
+        # Of the predictions: the share of true "yes" says nothing about the model.
+        "yes_ratio": ratio(sums["yes"], sums["count"]),
+    }
+
+
+YES_NO = Metric("yes_no", "accuracy", _yes_no_sums, _yes_no)
+"""Accuracy, precision, recall and F1 of "yes", and the share of "yes" among the answers (POPE, arXiv 2305.10355)."""
+
+
+PERCEPTION = (
+    *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork"),
+    "OCR",
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def _mme_sums(lines: Sequence[Line]) -> dict[str, float]:
+    task, right = lines[0]["groups"]["task"], [line["score"] for line in lines]
+    return {
+        **_accuracy_sums(lines),
+        "units": 1,
+        "both": min(right),
+        **{f"{task} count": len(right), f"{task} right": sum(right)},
+        **{f"{task} units": 1, f"{task} both": min(right)},
+    }
+
+
+def _mme(sums: Sums) -> Sums:
+    def total(tasks: Sequence[str]) -> np.ndarray:
+        # 100 for each task in which all questions are right, and 100 more if both of every image are.
+        parts = [
+            100 * ratio(sums[f"{task} right"], sums[f"{task} count"])
+            + 100 * ratio(sums[f"{task} both"], sums[f"{task} units"])
+            for task in tasks
+            if f"{task} count" in sums
+        ]
+        # Without any task the score is not defined, unlike a score of 0.
+        return np.sum(parts, axis=0) if parts else np.full_like(sums["count"], np.nan, dtype=float)
+
+    return {
+        "perception": total(PERCEPTION),
+        "cognition": total(COGNITION),
+        **_accuracy(sums),
+        "accuracy_plus": ratio(sums["both"], sums["units"]),
+    }
+
+
+MME = Metric("mme", "accuracy", _mme_sums, _mme)
+"""Sum over the tasks of accuracy and accuracy+ (both questions of an image), each times 100 (arXiv 2306.13394)."""
+
+
+def _circular_sums(lines: Sequence[Line]) -> dict[str, float]:
+    return {"count": 1, "right": min(line["score"] for line in lines), "plain": lines[0]["score"]}
+
+
+def _circular(sums: Sums) -> Sums:
+    return {**_accuracy(sums), "plain_accuracy": ratio(sums["plain"], sums["count"])}
+
+
+CIRCULAR = Metric("circular", "accuracy", _circular_sums, _circular)
+"""Share of the questions that are right in all rotations of their options (MMBench, arXiv 2307.06281)."""
+
+
+def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
+    sums = {name: sum(line["stats"][name] for line in lines) for name in lines[0]["stats"]}
+    return {**sums, "count": len(lines)}
+
+
+def _captions(sums: Sums) -> Sums:
+    lengths = ratio(sums["length"], sums["closest"])
+    # Papineni et al. 2002: short texts are penalized.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        brevity = np.where(lengths < 1, np.exp(1 - 1 / lengths), 1.0)
+        logs = np.cumsum(
+            [np.log(ratio(sums[f"matches{n}"], sums[f"ngrams{n}"])) for n in range(1, 5)], axis=0
+        )
+    bleu = {f"bleu{n}": np.nan_to_num(brevity * np.exp(logs[n - 1] / n)) for n in range(1, 5)}
+    means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
+    return {**means, **bleu}
+
+
+CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
+"""CIDEr-D (0..10), ROUGE-L and corpus BLEU (0..1), see `bindllm.evaluation.ngrams`."""
+
+SCORE = Metric(
+    "score",
+    "score",
+    _accuracy_sums,
+    lambda sums: {"score": ratio(sums["right"], sums["count"])},
+)
+"""Mean score, for evaluations whose metric is not known here."""
+
+METRICS = {metric.name: metric for metric in (ACCURACY, YES_NO, MME, CIRCULAR, CAPTIONS, SCORE)}

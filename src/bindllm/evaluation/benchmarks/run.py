@@ -1,0 +1,366 @@
+"""Runs a benchmark: asks every question, and a part of them in each control, writes answers as they come, and scores.
+
+Controls of the model are measured on a quarter of the questions each, so two of them cost at most half of the main run:
+``no_media``, the same as gates of zero, and ``shuffled_media``. ``majority_answer`` and ``nearest_caption`` cost
+nothing and have all questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bindllm import __version__
+from bindllm.data.collate import Lookup
+from bindllm.data.embeddings import MediaEmbeddings, RetrievedRecords
+from bindllm.data.formats import answer_of
+from bindllm.data.rows import Sample, make_sample
+from bindllm.encoders import encoder_for
+from bindllm.errors import InputError, check_choice
+from bindllm.evaluation.answering import Answers, answer_batches, choice_batches
+from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
+from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
+from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
+from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder
+from bindllm.evaluation.benchmarks.metrics import Line
+from bindllm.evaluation.benchmarks.parsers import letter
+from bindllm.evaluation.layouts.dataset import NO_FILE
+from bindllm.evaluation.task import (
+    MAJORITY_ANSWER,
+    MODEL,
+    NEAREST_CAPTION,
+    NO_MEDIA,
+    SHUFFLED_MEDIA,
+    eval_mode,
+    shuffle_media,
+    without_media,
+)
+from bindllm.media import Media
+from bindllm.model.bindllm import BindLLM
+from bindllm.model.checkpoint import fingerprint_checkpoint
+from bindllm.model.context.records import RecordReader
+from bindllm.parallel import RunContext
+
+CONTROL_SHARE = 4
+"""One of so many units is asked in each control of the model."""
+
+UNREADABLE = "the media cannot be read"
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is measured; all of it is written into ``evaluation.json``.
+
+    Args:
+        limit: only about this many questions, chosen by hash; None: all.
+        parser: name of the parser of answers; None: the default of the benchmark.
+        unparsed: an answer that the parser cannot read is wrong, or a random option, as in the scripts of ScienceQA.
+        seed: seed of random options.
+        prompt: frame of a question, or the question about media with captions; None: that of the benchmark.
+        choose: a multiple choice is answered by text, or by the option with the highest log-likelihood.
+        controls: measure the controls too.
+        batch_size: answers generated at the same time.
+        max_new_tokens: longest answer; None: that of the benchmark.
+    """
+
+    limit: int | None = None
+    parser: str | None = None
+    unparsed: Literal["wrong", "random"] = "wrong"
+    seed: int = 0
+    prompt: str | None = None
+    choose: Literal["text", "likelihood"] = "text"
+    controls: bool = True
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+
+    def of(self, benchmark: Benchmark) -> Settings:
+        """Return the settings with the defaults of a benchmark.
+
+        Raises:
+            InputError: a setting that the benchmark does not have.
+        """
+        check_choice("choice of unparsed", self.unparsed, ("wrong", "random"))
+        check_choice("way to choose", self.choose, ("text", "likelihood"))
+        for name in ("unparsed", "choose"):
+            if getattr(self, name) in ("random", "likelihood") and benchmark.format != "choice":
+                raise InputError(
+                    f"{name}={getattr(self, name)} needs options, and {benchmark.name} is not a multiple choice"
+                )
+        return replace(
+            self,
+            parser=benchmark.parser(self.parser)[0],
+            prompt=benchmark.prompt if self.prompt is None else self.prompt,
+            max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
+        )
+
+
+def evaluate(
+    model: BindLLM,
+    benchmark: str | Benchmark,
+    *,
+    root: str | Path,
+    output: str | Path | None = None,
+    store: str | Path = "data/store",
+    checkpoint: str = "",
+    progress: bool = False,
+    **settings: Any,
+) -> Evaluation:
+    """Measure a model on a benchmark; an interrupted evaluation resumes.
+
+    Args:
+        model: the model.
+        benchmark: name of a benchmark, or one of your own.
+        root: folder with its published files; or a folder that has such a folder, called like the benchmark.
+        output: folder of the evaluation; None: ``runs/eval/FINGERPRINT/BENCHMARK``.
+        store: folder of the embedding stores.
+        checkpoint: folder of the model, for the record.
+        progress: show bars.
+        **settings: fields of `Settings`.
+
+    Raises:
+        InputError: another layout, no encoder for a modality of the benchmark, or an output with another evaluation.
+        StoreError: the store cannot be used.
+
+    Examples:
+        >>> evaluate(model, "pope", root="data/pope", limit=500)["accuracy"]  # doctest: +SKIP
+        0.812
+    """
+    # How to read this: checks, embeddings, the variants of the model, the baseline, then the scores.
+    benchmark = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
+    started, chosen = time.perf_counter(), Settings(**settings).of(benchmark)
+    root = Path(root, benchmark.name) if Path(root, benchmark.name).is_dir() else Path(root)
+    found = read_items(benchmark, root, prompt=chosen.prompt or "", limit=chosen.limit)
+    for modality in dict.fromkeys(media.modality for item in found.items for media in item.row.media):
+        # Before the first item, not in the middle of an evaluation.
+        encoder_for(modality, model.encoders)
+    fingerprint = fingerprint_checkpoint(model.describe(), model.trainable_state())
+    folder = EvaluationFolder(Path(output or Path("runs/eval", fingerprint[:12], benchmark.name)))
+    facts = {
+        "format": FORMAT,
+        "bindllm": __version__,
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "metric": benchmark.metric.name,
+        "checkpoint": str(checkpoint),
+        "checkpoint_fingerprint": fingerprint,
+        "data": str(root),
+        "settings": asdict(chosen),
+    }
+    with folder.locked(), eval_mode(model):
+        known = folder.start(facts)
+        lookup = _embed(model, found, store, progress)
+        run = _Run(model, benchmark, chosen, found.items, root, known, folder)
+        lines = run.measure(found, lookup, progress)
+        return folder.finish({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
+
+
+def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool) -> Lookup:
+    """Embed all media once, count those that cannot be read, and return the lookup of the model."""
+    modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
+    embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
+    context = RunContext(device=model.device, progress=progress)
+    failed = embeddings.precompute(
+        (media for item in found.items for media in item.row.media), context
+    ).failed
+    broken = {item.id: failed[media] for item in found.items for media in item.row.media if media in failed}
+    found.drop(dict.fromkeys(broken, UNREADABLE))
+    if not found.items:
+        raise InputError(f"no media can be read: {'; '.join([*broken.values()][:3])}")
+    if model.datastore is None or model.context is None or not model.context.num_records:
+        return embeddings
+    reader = RecordReader(model.datastore, model.tokenizer, model.context.config.text_length)
+    return RetrievedRecords(embeddings, reader, model.context.num_records)
+
+
+@dataclass
+class _Run:
+    """A benchmark, and the model and the folder of an evaluation."""
+
+    model: BindLLM
+    benchmark: Benchmark
+    settings: Settings
+    items: Sequence[Item]
+    root: Path
+    known: Mapping[tuple[str, str], Line]
+    folder: EvaluationFolder
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, found: Items, lookup: Lookup, progress: bool) -> dict[str, list[Line]]:
+        """Return the lines of each variant."""
+        samples = self._samples(found)
+        self.items = found.items
+        self._score = self.benchmark.scorer(self.items)
+        self._prompts = [_prompt_sha256(sample, self.model) for sample in samples]
+        lines: dict[str, list[Line]] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not progress) as bar:
+            for variant, positions in self._variants(samples).items():
+                own, view = [samples[n] for n in positions], lookup
+                if variant == NO_MEDIA:
+                    own = without_media(own)
+                elif variant == SHUFFLED_MEDIA:
+                    try:
+                        view = shuffle_media(own, lookup)
+                    except InputError as error:
+                        self.notes.append(f"{variant} was not measured: {error}")
+                        continue
+                task = bar.add_task(f"{self.benchmark.name}: {variant}", total=len(own))
+                made = {n: line for n in positions if (line := self._known(variant, n))}
+                bar.update(task, completed=len(made))
+                for batch, texts in self._answers(own, view, [n in made for n in positions]):
+                    fresh = {
+                        positions[n]: self._line(variant, positions[n], text)
+                        for n, text in zip(batch, texts, strict=True)
+                    }
+                    self.folder.append(fresh.values())
+                    bar.advance(task, len(fresh.keys() - made.keys()))
+                    made |= fresh
+                lines[variant] = [made[n] for n in positions]
+        if self.settings.controls and (baseline := self._baseline(samples, lookup)):
+            name, texts = baseline
+            lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
+        return lines
+
+    def _samples(self, found: Items) -> list[Sample]:
+        """Return the tokens of the items; those that do not fit into the decoder are dropped and counted."""
+        made, failed = {}, {}
+        tokenizer = self.model.tokenizer
+        for item in found.items:
+            try:
+                made[item.id] = make_sample(item.row, tokenizer, tokenizer.model_max_length)
+            except InputError as error:
+                failed[item.id] = str(error)
+        found.drop(failed)
+        if not found.items:
+            raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
+        return [made[item.id] for item in found.items]
+
+    def _variants(self, samples: Sequence[Sample]) -> dict[str, list[int]]:
+        """Return the positions of each variant of the model."""
+        found = {MODEL: list(range(len(samples)))}
+        units = sorted({item.unit for item, sample in zip(self.items, samples, strict=True) if sample.media})
+        if not self.settings.controls or not units:
+            return found
+        drawn = set(random.Random(_SEED).sample(units, max(1, len(units) // CONTROL_SHARE)))
+        part = [
+            n
+            for n, (item, sample) in enumerate(zip(self.items, samples, strict=True))
+            if item.unit in drawn and sample.media
+        ]
+        return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
+
+    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers:
+        options: dict[str, Any] = {
+            "batch_size": self.settings.batch_size,
+            "is_done": lambda positions: all(done[n] for n in positions),
+        }
+        if self.settings.choose == "likelihood":
+            return choice_batches(self.model, samples, lookup, **options)
+        return answer_batches(
+            self.model, samples, lookup, max_new_tokens=self.settings.max_new_tokens or 1, **options
+        )
+
+    def _known(self, variant: str, n: int) -> Line | None:
+        """Return the line of a question that was answered before, scored by the parser of today.
+
+        Raises:
+            InputError: the question has changed.
+        """
+        line = self.known.get((variant, self.items[n].id))
+        if line is None:
+            return None
+        if line["prompt_sha256"] != self._prompts[n]:
+            raise InputError(
+                f"{self.folder.path} holds an answer to another question {line['id']!r}: the files of the benchmark "
+                "have changed. Choose another output"
+            )
+        return self._line(variant, n, line["answer"])
+
+    def _line(self, variant: str, n: int, answer: str) -> Line:
+        """Return the line of an answer, parsed and scored."""
+        item, settings = self.items[n], self.settings
+        name, parse = self.benchmark.parser(settings.parser)
+        parsed = parse(answer, item)
+        if parsed is None and settings.unparsed == "random":
+            name += f", else random with seed {settings.seed}"
+            letters = [answer_of(item.row.options, k) for k, text in enumerate(item.row.options) if text]
+            # Drawn for each question by itself, so that an interruption changes nothing.
+            chosen = random.Random(f"{settings.seed} {variant} {item.id}").choice(letters)
+            scored = self._score(item, letter(chosen, item))
+        else:
+            scored = self._score(item, parsed)
+        stats = {key: value for key, value in scored.items() if key != "score"}
+        return {
+            **line_of(item, self.root),
+            "variant": variant,
+            "prompt_sha256": self._prompts[n],
+            "parser": name,
+            "answer": answer,
+            "parsed": parsed,
+            "score": scored["score"],
+            **({"stats": stats} if stats else {}),
+        }
+
+    def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:
+        """Return name and answers of the control without a model; None: it is not defined."""
+        if self.benchmark.format == "caption":
+            texts = list(_nearest_captions(self.items, lookup)) if len(self.items) > 1 else None
+            return texts and (NEAREST_CAPTION, texts)
+        counts = Counter(
+            answer_of(item.row.options, ord(item.letter) - ord("A")) if item.letter else text
+            for item in self.items
+            for text in dict.fromkeys(item.references)
+        )
+        return MAJORITY_ANSWER, [counts.most_common(1)[0][0]] * len(samples)
+
+
+def _nearest_captions(items: Sequence[Item], lookup: Lookup) -> Iterator[str]:
+    """Yield the first caption of the nearest other media of the benchmark, which needs no training data."""
+    groups: list[tuple[Media, ...]] = [item.media for item in items]
+    vectors = lookup(groups)  # [N, E], unit norm
+    for n, vector in enumerate(vectors):
+        # Rounded, so that equal media stay equal in whatever order the products are summed.
+        near = (vectors @ vector).round(decimals=6)
+        near[n] = -2
+        yield items[int(near.argmax())].references[0]
+
+
+def _prompt_sha256(sample: Sample, model: BindLLM) -> str:
+    """Return the hash of the text that the decoder reads before it answers."""
+    text = model.tokenizer.decode(sample.input_ids[: sample.prompt_length])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, seconds: float) -> dict[str, Any]:
+    """Return the parts of ``evaluation.json`` that are known at the end."""
+    metric, own = run.benchmark.metric, lines[MODEL]
+    return {
+        "counts": {
+            "listed": found.num_listed,
+            "items": len(own),
+            "missing_media": sum(
+                count
+                for reason, count in found.skipped.counts.items()
+                if reason in (NO_FILE, UNREADABLE) or reason.startswith("no such")
+            ),
+            "skipped": found.num_listed - len(own),
+            "duplicate_ids": found.duplicates,
+            "unparsed": sum(line["parsed"] is None for line in own),
+        },
+        "skipped": found.skipped.counts,
+        "notes": [*run.benchmark.notes, *run.notes],
+        "scores": {name: intervals(part, metric) for name, part in lines.items()},
+        "groups": by_group(own, metric),
+        "media": media_sentence(lines, metric),
+        "seconds": round(seconds, 2),
+    }

@@ -1,0 +1,260 @@
+"""Running a benchmark: resuming, bad files and settings, the controls, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmark_parts import image, mme, pope
+from bindllm.cli import main
+from bindllm.errors import InputError
+from bindllm.evaluation import evaluate
+from bindllm.evaluation.benchmarks import BENCHMARKS, run
+from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, read_items
+from bindllm.evaluation.benchmarks.bootstrap import differences, intervals, media_sentence
+from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
+from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
+from bindllm.evaluation.benchmarks.parsers import whole
+from cache_parts import ALLOW, Words, save_tiny_model
+from tiny import save_tiny_decoder, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(save_tiny_decoder(tmp_path_factory.mktemp("decoder")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pope(tmp_path / "pope")
+
+
+@pytest.fixture
+def measure(model, folder, tmp_path):
+    def measure(name="pope", output="out", model=model, root=folder, **settings):
+        settings = {"batch_size": 2, "max_new_tokens": 4, **settings}
+        return evaluate(
+            model, name, root=root, output=tmp_path / output, store=tmp_path / "store", **settings
+        )
+
+    return measure
+
+
+@contextmanager
+def shut(model):
+    """A model whose gates are zero."""
+    gates = model.injection.gates.detach().clone()
+    model.injection.gates.data.zero_()
+    try:
+        yield
+    finally:
+        model.injection.gates.data.copy_(gates)
+
+
+def line(n, *, target="yes", parsed="yes", unit="", media=(), task="existence"):
+    score = float(parsed == target)
+    return {
+        "id": str(n),
+        "target": target,
+        "parsed": parsed,
+        "score": score,
+        "unit": unit or str(n),
+        "media": list(media),
+        "groups": {"task": task},
+    }
+
+
+def test_an_interrupted_evaluation_resumes_and_gives_the_same_file(measure, tmp_path, monkeypatch):
+    whole_file = (measure(output="whole").folder / "items.jsonl").read_bytes()
+    append, calls = EvaluationFolder.append, []
+
+    def interrupt(self, lines):
+        calls.append(1)
+        if len(calls) == 4:
+            # The last line of the batch is cut, as by a kill.
+            with (self.path / "items.jsonl").open("a") as stream:
+                stream.write('{"id": "adversarial/1", "var')
+            raise KeyboardInterrupt
+        append(self, lines)
+
+    monkeypatch.setattr(EvaluationFolder, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    assert not json.loads((tmp_path / "out/evaluation.json").read_text())["complete"]
+    with pytest.raises(InputError, match="was interrupted; resume it"):
+        find_evaluations(tmp_path / "out")
+    answered = []
+    monkeypatch.setattr(
+        EvaluationFolder, "append", lambda self, lines: answered.extend(lines) or append(self, lines)
+    )
+    resumed = measure()
+    assert (resumed.folder / "items.jsonl").read_bytes() == whole_file
+    assert 0 < len(answered) < sum(map(len, resumed.lines.values()))
+
+
+def test_a_changed_checkpoint_and_changed_settings_are_refused(measure, model):
+    measure()
+    with shut(model), pytest.raises(InputError, match="holds answers of the checkpoint with the fingerprint"):
+        measure()
+    with pytest.raises(InputError, match="was started with limit None"):
+        measure(limit=4, output="out")
+
+
+def test_another_parser_reads_the_kept_answers_again(measure, monkeypatch):
+    first = measure()
+    assert first.facts["counts"]["unparsed"] == len(first.lines["model"])
+    monkeypatch.setattr(run, "answer_batches", lambda *args, is_done, **_: iter(()))
+    again = measure(parser="pope")
+    assert again.facts["counts"]["unparsed"] == 0
+    assert again["yes_ratio"] == 1
+    assert {one["parser"] for one in again.lines["model"]} == {"pope"}
+
+
+def test_files_that_have_changed_are_refused(measure, folder):
+    measure()
+    table = folder / "output/coco/coco_pope_random.json"
+    table.write_text(table.read_text().replace("a red dog", "a red cat"))
+    with pytest.raises(InputError, match="the files of the benchmark have changed"):
+        measure()
+
+
+def test_missing_images_are_counted_and_their_questions_are_not_asked(measure, folder):
+    (folder / "val2014/COCO_val2014_000000000000.jpg").unlink()
+    (folder / "val2014/COCO_val2014_000000000001.jpg").write_text("broken")
+    counts = measure().facts["counts"]
+    assert (counts["listed"], counts["items"], counts["missing_media"]) == (24, 12, 12)
+
+
+def test_a_unit_is_asked_as_a_whole_or_not_at_all(tmp_path, measure):
+    root = mme(tmp_path / "mme")
+    (root / "MME_Benchmark_release_version/existence/red.png").unlink()
+    done = measure("mme", root=root)
+    assert done.facts["counts"]["items"] == 10
+    # All answers of the tiny model are unparsed: the score is 0, not undefined.
+    assert done["perception"] == 0
+    limited = measure("mme", root=root, limit=3, output="limited", controls=False)
+    assert len(limited.lines["model"]) == 4
+
+
+def test_repeated_ids_are_counted_and_both_questions_are_asked(tmp_path):
+    entry = {"image": str(image(tmp_path / "a.png")), "question": "What?", "answer": "x"}
+    repeated = Benchmark("mine", "mine", lambda _: [Entry("7", entry)] * 2, {"whole": whole}, ACCURACY)
+    found = read_items(repeated, tmp_path, prompt="{question}")
+    assert [item.id for item in found.items] == ["7", "7#2"]
+    assert found.duplicates == 1
+
+
+def test_a_model_without_the_encoder_is_refused_before_the_first_item(measure, tmp_path, model):
+    texts = tiny_model(model.config.folder(), encoders=[Words()])
+    with pytest.raises(InputError, match="no encoder serves the modality 'image'"):
+        measure(model=texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_media_equals_gates_that_are_shut(measure, model):
+    controls = measure(limit=24).lines["no_media"]
+    with shut(model):
+        answers = {one["id"]: one["answer"] for one in measure(output="shut").lines["model"]}
+    assert controls
+    assert all(one["answer"] == answers[one["id"]] for one in controls)
+
+
+def test_metrics_of_made_up_answers():
+    lines = [
+        line(0),
+        line(1, parsed="no"),
+        line(2, target="no", parsed="no"),
+        line(3, target="no"),
+        line(4, parsed=None),
+    ]
+    found = {name: number["value"] for name, number in intervals(lines, YES_NO).items()}
+    assert found == pytest.approx(
+        {"accuracy": 2 / 5, "precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "yes_ratio": 2 / 5}
+    )
+    pairs = [line(0, unit="a"), line(1, unit="a", target="no", parsed="no"), line(2, unit="b")]
+    pairs += [line(3, unit="b", target="no"), line(4, unit="c", task="code_reasoning")]
+    found = {name: number["value"] for name, number in intervals(pairs, MME).items()}
+    assert found["perception"] == pytest.approx(75 + 50)
+    assert found["cognition"] == pytest.approx(200)
+
+
+def test_intervals_resample_media_not_questions():
+    # Ten questions about each of two images are two observations, not twenty.
+    lines = [line(n, media=[f"{n % 2}.png"], parsed="yes" if n % 2 else "no") for n in range(20)]
+    apart = [line(n, parsed="yes" if n % 2 else "no") for n in range(20)]
+    assert intervals(lines, ACCURACY)["accuracy"] == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 20}
+    assert 0.2 < intervals(apart, ACCURACY)["accuracy"]["low"] < 0.4
+
+
+def test_a_sentence_says_whether_the_score_needs_the_media():
+    right, wrong = [line(n) for n in range(40)], [line(n, parsed="no") for n in range(40)]
+    told = media_sentence({"model": right, "no_media": wrong[:20], "shuffled_media": wrong[:20]}, ACCURACY)
+    assert told.startswith(
+        "The score needs the media: accuracy is 1.000 with the media and 0.000 without them"
+    )
+    told = media_sentence({"model": right, "no_media": right[:20], "shuffled_media": wrong[:20]}, ACCURACY)
+    assert told.startswith("It is not shown that the score needs the media")
+    assert differences(wrong, right, ACCURACY)["accuracy"]["p"] == 1 / 1000
+    assert differences(right, right, ACCURACY)["accuracy"]["p"] == 1
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "checkpoint", tmp_path / "decoder")
+    return ["--checkpoint", "checkpoint", "--allow", ALLOW[0], "--max_new_tokens", "3"]
+
+
+def test_the_command_prints_scores_and_writes_a_folder(checkpoint, capsys):
+    assert main(["evaluate", "pope", "pope", *checkpoint, "--limit", "10"]) == 0
+    told = capsys.readouterr().out
+    assert "yes_ratio" in told
+    assert "majority_answer" in told
+    assert "10 of 10 questions; 10 answers could not be read by the parser yes_no and are wrong" in told
+    assert "written to runs/eval/checkpoint/pope" in told
+    assert [*find_evaluations("runs/eval/checkpoint")] == ["pope"]
+
+
+OWN = """
+from bindllm.evaluation.benchmarks import Benchmark, Entry
+from bindllm.evaluation.benchmarks.metrics import ACCURACY
+from bindllm.evaluation.benchmarks.parsers import whole
+
+def read(folder):
+    for n, file in enumerate(sorted(folder.glob("val2014/*.jpg"))):
+        yield Entry(str(n), {"image": str(file), "question": "What?", "answer": "x"})
+
+MINE = Benchmark("mine", "mine", read, {"whole": whole}, ACCURACY)
+"""
+
+
+def test_a_benchmark_of_your_own_is_one_file(checkpoint, capsys, monkeypatch):
+    Path("my_lab_benchmark.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "my_lab_benchmark", raising=False)
+    assert main(["evaluate", "my_lab_benchmark.MINE", "--root", "pope", *checkpoint]) == 0
+    assert "4 of 4 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["pope"], 2, "no folder for pope: bindllm evaluate pope FOLDER"),
+        (["popes", "pope"], 2, "unknown benchmark 'popes'. Did you mean 'pope'?"),
+        (["audioset", "pope"], 2, "measured from embeddings only: bindllm zero_shot audioset FOLDER"),
+        (["sys.path", "pope"], 2, "sys.path is not a Benchmark, but list"),
+        (["pope", "pope", "--parser", "letters"], 1, "pope has no parser 'letters'. Known: pope, yes_no"),
+        (["pope", "pope", "--unparsed", "random"], 1, "needs options, and pope is not a multiple choice"),
+        (["pope", "mme", "pope"], 1, "error: mme: pope has no folder of a task of MME"),
+    ],
+)
+def test_mistakes_are_explained(words, code, told, checkpoint, capsys):
+    assert main(["evaluate", *words, *checkpoint]) == code
+    assert told in capsys.readouterr().err
+
+
+def test_every_benchmark_is_known_by_its_name():
+    assert all(name == benchmark.name for name, benchmark in BENCHMARKS.items())
