@@ -117,13 +117,20 @@ def test_the_tools_of_an_mcp_server(folder, scripted, capfd, tmp_path):
         ("image", {}),
         ("ask", {"media": "result4", "question": "?"}),
     ]
-    scripted(LOOK, Reply("", (*calls, ("math_add", {"a": 2}))), Reply("Done."))
+    scripted(
+        LOOK,
+        Reply(
+            "", (*calls, ("math_add", {"a": 2}), ("calculate", {"operation": "add", "a": "result2", "b": 1}))
+        ),
+        Reply("Done."),
+    )
     assert main(line(folder, "--mcp", command)) == 0
     printed = capfd.readouterr().err
     assert "-> result2: 5 " in printed
     assert "-> result3: error: " in printed
-    assert "no data" in printed
+    assert "Error executing tool broken" in printed
     assert "-> result4: image <" in printed
+    assert "-> result7: 6 " in printed
     assert "-> result5: error" not in printed
     assert "-> result6: error: 'b' is a required property" in printed
 

@@ -128,7 +128,9 @@ def test_free_text_ends_where_the_mark_of_a_call_is_complete(form, good, bad, mo
     functions = [{"name": "look", "parameters": side}]
     for required in (False, True):
         for text in [*good, *bad]:
-            constraint = Grammars(model).compile(form.grammar(functions, several=True, required=required, most=2))
+            constraint = Grammars(model).compile(
+                form.grammar(functions, several=True, required=required, most=2)
+            )
             accepted = True
             for token in [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]:
                 accepted = accepted and bool(constraint.allowed(259)[token])

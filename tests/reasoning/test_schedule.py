@@ -35,16 +35,30 @@ def hang() -> str:
     return "late"
 
 
+def endless() -> list:
+    loop: list = []
+    loop.append(loop)
+    return loop
+
+
+RESULTS = {
+    "gigabyte": lambda: "x" * 10**9,
+    "numbers": lambda: [0] * MOST_CHARACTERS,
+    "loop": endless,
+    "nan": lambda: float("nan"),
+    "bytes": lambda: b"x",
+    "object": object,
+    "keys": lambda: {1: 2},
+    "large number": lambda: 10**MOST_CHARACTERS,
+    "video": lambda: Media.video(bytes(1 << 29)),
+    "good": lambda: {"a": [1, None, True, 0.5]},
+}
+
+
 @tool
 def give(what: str) -> str:
     """Return something."""
-    loop: list = []
-    loop.append(loop)
-    return {
-        "gigabyte": "x" * 10**9, "numbers": [0] * MOST_CHARACTERS, "loop": loop, "nan": float("nan"), "bytes": b"x",
-        "object": object(), "keys": {1: 2}, "large number": 10**MOST_CHARACTERS, "good": {"a": [1, None, True, 0.5]},
-        "video": Media.video(b"x" * (1 << 29)),
-    }[what] if what != "gigabyte" else "x" * 10**9  # fmt: skip
+    return RESULTS[what]()
 
 
 def run(*planned, seconds=60.0, deadline=60.0):

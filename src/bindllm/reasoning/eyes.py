@@ -4,7 +4,7 @@
 
 import re
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Any
 
 from bindllm.embeddings.datastore import Datastore
 from bindllm.errors import InputError
@@ -77,6 +77,16 @@ def model_tools(
         # The most frequent one; of several, the first that was given.
         return Counter(found).most_common(1)[0][0]
 
+    chosen = [describe, ask, count] if "image" in served else [describe, ask]
+    return [
+        *map(tool, chosen),
+        *_embedding_tools(model, kind, model.datastore if datastore is None else datastore),
+    ]
+
+
+def _embedding_tools(model: BindLLM, kind: Any, store: Datastore | None) -> list[Tool]:
+    """Return the tools that compare embeddings, as far as the model has what they need."""
+
     def classify(media: kind, labels: list[str]) -> str:
         """Choose the label that fits an image or other media best.
 
@@ -103,13 +113,10 @@ def model_tools(
         found = store.search(model.encode([media], cache=False), records).ids[0].tolist()
         return [store.records[number].text for number in found if number >= 0]
 
-    chosen = [describe, ask]
-    if "image" in served:
-        chosen.append(count)
+    chosen = []
     # Labels are compared in the joint space of media and texts.
     if any("text" in encoder.modalities for encoder in model.encoders):
         chosen.append(classify)
-    store = model.datastore if datastore is None else datastore
     if store is not None:
         store.check_encoders(model.encoders)
         chosen.append(retrieve)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import re
 import shlex
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Self
 
-from bindllm.errors import BindLLMError, InputError, needs_extra
+from bindllm.errors import BindLLMError, needs_extra
 from bindllm.media import Media
-from bindllm.reasoning.schedule import check_result
 from bindllm.reasoning.tools import Tool
 
 CONNECT_SECONDS = 30.0
@@ -57,13 +56,14 @@ class McpTools:
     def __init__(self, server: str) -> None:
         with needs_extra("mcp", extra="mcp", purpose="call tools of MCP servers"):
             from mcp import Client, StdioServerParameters
-        target: Any = server
+            from mcp.client.stdio import stdio_client
+        # What a server prints may hold escape sequences.
+        self._log, target = open(os.devnull, "w"), server  # noqa: SIM115 (closed in `close`)
         if not server.startswith(("http://", "https://")):
             command, *arguments = shlex.split(server) or [""]
-            target = StdioServerParameters(command=command, args=arguments)
+            target = stdio_client(StdioServerParameters(command=command, args=arguments), errlog=self._log)
         # The SDK is asynchronous: a loop in a thread of its own serves all calls.
-        self._loop, self._name, self._stack = asyncio.new_event_loop(), server, AsyncExitStack()
-        self._stop = asyncio.Event()
+        self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         threading.Thread(target=self._loop.run_forever, name="bindllm-mcp", daemon=True).start()
         ready: Future[list[Any]] = Future()
         self._task = asyncio.run_coroutine_threadsafe(self._serve(Client(target), ready), self._loop)
@@ -93,6 +93,7 @@ class McpTools:
         except Exception:
             self._task.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._log.close()
 
     async def _serve(self, client: Any, ready: Future[list[Any]]) -> None:
         """Hold the connection open: one task must enter and leave it."""
@@ -130,12 +131,14 @@ class McpTools:
             raise McpError(texts or "the tool failed without a word")
         media = [_media(part) for part in result.content if part.type in ("image", "audio")]
         if len(media) > 1 or (media and texts):
-            raise InputError(f"the tool returned {len(media)} media and text, expected one of them")
+            raise McpError(
+                f"the tool returned {len(media)} media, and {len(texts)} characters; expected one of them"
+            )
         if media:
             return media[0]
-        if result.structured_content is not None and not texts:
-            return check_result(result.structured_content)
-        return texts
+        value = texts if result.structured_content is None else result.structured_content
+        # Servers of the SDK wrap values that are no objects.
+        return value["result"] if isinstance(value, dict) and value.keys() == {"result"} else value
 
 
 def _media(part: Any) -> Media:

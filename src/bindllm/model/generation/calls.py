@@ -124,7 +124,7 @@ class CallForm:
             start = f"/{heads[-1]}/" if has_heads else _literal(start)
             rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
         times = "*" if most is None else f"{{0,{most - 1}}}"
-        again = f"({_literal(self.between)} call){times}" if several and self.between else ""
+        again = f"({_literal(self.between)} call){times}" if several and most != 1 and self.between else ""
         calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
         if required:
