@@ -85,7 +85,7 @@ def model_tools(
 
 
 def _embedding_tools(model: BindLLM, kind: Any, store: Datastore | None) -> list[Tool]:
-    """Return the tools that compare embeddings, as far as the model has what they need."""
+    """Return the tools that compare embeddings, if the model has the parts that they need."""
 
     def classify(media: kind, labels: list[str]) -> str:
         """Choose the label that fits an image or other media best.
