@@ -19,6 +19,7 @@ from bindllm.evaluation.benchmarks.bootstrap import differences, intervals, medi
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
 from tiny import save_tiny_decoder, tiny_model
 
@@ -258,3 +259,18 @@ def test_mistakes_are_explained(words, code, told, checkpoint, capsys):
 
 def test_every_benchmark_is_known_by_its_name():
     assert all(name == benchmark.name for name, benchmark in BENCHMARKS.items())
+
+
+def test_the_page_has_scores_controls_and_questions_and_escapes_them(measure, folder):
+    table = folder / "output/coco/coco_pope_random.json"
+    table.write_text(table.read_text().replace("a red dog", "a <b>red</b> dog"))
+    done = measure()
+    page = write_page(done).read_text()
+    assert done.facts["media"].replace("'", "&#39;") in page
+    for variant in ("no_media", "shuffled_media", "majority_answer"):
+        assert f">{variant}</th>" in page
+    assert "By split" in page
+    assert "a &lt;b&gt;red&lt;/b&gt; dog" in page
+    assert "<b>red" not in page
+    assert "data:image/webp;base64," in page
+    assert "24 answers unparsed, wrong" in page

@@ -11,6 +11,9 @@ from typing import Any
 from bindllm.data.source_config import Columns, EpisodeConfig, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import BindLLMError, MediaError
+from bindllm.evaluation.benchmarks import BENCHMARKS
+from bindllm.evaluation.benchmarks.folder import Evaluation
+from bindllm.evaluation.task import MODEL
 from bindllm.imports import resolve_path
 from bindllm.media import Media
 
@@ -55,10 +58,14 @@ class Overlap:
             if split != TRAIN and found
         }
 
-    def count(self, media: Iterable[Media]) -> tuple[int, int]:
-        """Return how many different media are in training too, and how many there are."""
-        found = set(self._hashed(media))
-        return len(found & self._splits.get(TRAIN, set())), len(found)
+    def of(self, evaluation: Evaluation) -> tuple[int, int] | None:
+        """Return the same numbers for the media of an evaluation; None: none of them is a file that is still there."""
+        benchmark, root = BENCHMARKS.get(evaluation.name), Path(evaluation.facts["data"])
+        names = dict.fromkeys(name for line in evaluation.lines[MODEL] for name in line["media"])
+        if benchmark is None or not names:
+            return None
+        found = set(self._hashed(Media(benchmark.modality, str(root / name)) for name in names))
+        return (len(found & self._splits.get(TRAIN, set())), len(found)) if found else None
 
     def _hashed(self, media: Iterable[Media]) -> Iterable[str]:
         for item in dict.fromkeys(media):

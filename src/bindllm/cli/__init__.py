@@ -28,6 +28,7 @@ COMMANDS = {
     "datastore": ("index", "build a datastore: records that a model with context retrieves"),
     "align": ("recipes.align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "measure a checkpoint on published benchmarks, with controls"),
+    "compare": ("evaluate", "paired test of two evaluations, and the questions won and lost"),
     "zero_shot": ("zero_shot", "zero-shot classification and retrieval from embeddings"),
     "few_shot": ("zero_shot", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),

@@ -120,6 +120,21 @@ def _number(value: float, drawn: np.ndarray, count: int) -> Number:
     return {**{name: one if np.isfinite(one) else None for name, one in numbers.items()}, "n": count}
 
 
+def interval_text(number: Number | None) -> str:
+    """Return a number with its interval.
+
+    Examples:
+        >>> interval_text({"value": 0.5, "low": 0.4, "high": 0.6, "n": 9})
+        '0.500 [0.400, 0.600]'
+    """
+    if number is None or number["value"] is None:
+        return "-"
+    digits = 1 if abs(number["value"]) >= 100 else 3
+    ends = [number[key] for key in ("low", "high")]
+    interval = "" if None in ends else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{number['value']:.{digits}f}{interval}"
+
+
 def media_sentence(lines: Mapping[str, Sequence[Line]], metric: Metric) -> str:
     """Return one sentence that tells whether the score needs the media.
 
