@@ -111,22 +111,27 @@ def read_question(
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
     conversation = _with_shots(conversation, body, reader, model, max_tokens)
-    # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
-    samples = body.top_p is not None or choices > 1
-    temperature = body.temperature if body.temperature is not None else float(samples)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request = Request(
         conversation,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        stop=tuple(stop),
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
-        seed=body.seed,
+        **_sampling(body, choices),
         **settings,
     )
     return Question(config.model, request, choices, bool(body.neighbors), grammar_field, tools)
+
+
+def _sampling(body: SampledBody, choices: int) -> dict[str, Any]:
+    """Return the settings that choose the tokens."""
+    # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
+    samples = body.top_p is not None or choices > 1
+    return {
+        "temperature": body.temperature if body.temperature is not None else float(samples),
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "seed": body.seed,
+        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+    }
 
 
 def check_model(name: str | None, config: ServeConfig) -> None:
