@@ -287,7 +287,21 @@ def isekai(folder: Path) -> Path:
     return folder
 
 
+def pairs(folder: Path) -> Path:
+    image(folder / "red.png", "red")
+    image(folder / "blue.png", "blue")
+    rows = [
+        {"pair": f"{job}", "attribute": "color of the shirt", "value": color, "image": f"{color}.png"}
+        | {"question": f"Is this a {job}?", "answer": "yes"}
+        for job in ("nurse", "pilot")
+        for color in ("red", "blue")
+    ]
+    write(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 BUILDERS = {
+    "pairs": pairs,
     "pope": pope,
     "mme": mme,
     "vqav2": vqav2,
