@@ -153,6 +153,21 @@ def _captions(sums: Sums) -> Sums:
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
 """CIDEr-D (0..10), ROUGE-L and corpus BLEU (0..1), see `bindllm.evaluation.ngrams`."""
 
+
+def _pair_sums(lines: Sequence[Line]) -> dict[str, float]:
+    # An answer that could not be parsed differs from all others.
+    answers = {line["parsed"] or f"{line['id']} {line['answer']}" for line in lines}
+    is_same = len({str(line["target"]) for line in lines}) == 1
+    return {**_accuracy_sums(lines), "pairs": is_same, "flips": is_same and len(answers) > 1}
+
+
+def _pairs(sums: Sums) -> Sums:
+    return {**_accuracy(sums), "flip_rate": ratio(sums["flips"], sums["pairs"])}
+
+
+PAIRS = Metric("pairs", "accuracy", _pair_sums, _pairs)
+"""Accuracy, and the share of pairs with one true answer in which the answer of the model changes."""
+
 SCORE = Metric(
     "score",
     "score",
@@ -161,4 +176,4 @@ SCORE = Metric(
 )
 """Mean score, for evaluations whose metric is not known here."""
 
-METRICS = {metric.name: metric for metric in (ACCURACY, YES_NO, MME, CIRCULAR, CAPTIONS, SCORE)}
+METRICS = {metric.name: metric for metric in (ACCURACY, YES_NO, MME, CIRCULAR, CAPTIONS, PAIRS, SCORE)}
