@@ -94,7 +94,7 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     # The tiny decoder has three layers.
     few = ["--model.inject.layers", "2", "--model.adapter.layers", "2", "--trainer.max_steps", "2"]
     few += ["--trainer.val_check_interval", "1"]
-    for name, options in {"scenes": few, "quickstart": ["--trainer.max_epochs", "1"]}.items():
+    for name, options in {"scenes": few, "openmoji": ["--trainer.max_epochs", "1"]}.items():
         assert main(["fit", "--config", f"recipes/{name}.yaml", *plain, *options]) == 0
     told = ""
     ran = [words[1:] for words in commands() if words[0] == "bindllm"]
@@ -123,11 +123,11 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["model"].injection.kind == "cross"
-    assert BindLLM.from_pretrained("checkpoints/quickstart").cache is not None
+    assert BindLLM.from_pretrained("checkpoints/openmoji").cache is not None
 
 
 def test_yaml_blocks_are_parts_of_a_recipe():
-    keys = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    keys = yaml.safe_load((ROOT / "recipes/openmoji.yaml").read_text())
     found = [yaml.safe_load(block) for block in blocks("yaml")]
     assert found
     for part in found:
