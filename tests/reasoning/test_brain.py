@@ -9,7 +9,7 @@ import pytest
 from bindllm import Media
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
-from bindllm.reasoning.brain import OWN_FORM, LocalBrain
+from bindllm.reasoning.brain import OWN_FORM, LocalBrain, _signature
 from bindllm.reasoning.eyes import model_tools
 from bindllm.reasoning.solver import Budget, Solver
 from bindllm.reasoning.tools import tool
@@ -58,6 +58,21 @@ def test_a_random_model_emits_valid_calls(brain):
     for name, arguments in reply.calls:
         assert name == "look"
         assert look.problem(arguments, {"image1": IMAGE}) == ""
+
+
+def test_any_schema_of_a_server_is_shown_in_one_line():
+    properties = {
+        "a": True,
+        "b": {"$ref": "#/$defs/x"},
+        "c": {"type": ["string", "null"], "pattern": "^a|b$"},
+        "d": {"anyOf": [True]},
+    }
+    function = {
+        "name": "odd",
+        "description": "Odd.",
+        "parameters": {"type": "object", "properties": properties},
+    }
+    assert _signature(function) == "- odd(a?: any, b?: any, c?: string|null, d?: any): Odd."
 
 
 def test_a_cut_reply_is_a_problem(brain):

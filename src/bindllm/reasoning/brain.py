@@ -19,6 +19,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import check_options
 from bindllm.model.generation.calls import STRICT_JSON, CallForm
 from bindllm.model.generation.constraint import Constraint, Grammars
+from bindllm.reasoning.tools import REFERENCE
 
 Dicts = Sequence[Mapping[str, Any]]
 
@@ -188,9 +189,12 @@ def _signature(function: Mapping[str, Any]) -> str:
     required = parameters.get("required", ())
     words = []
     for name, schema in parameters.get("properties", {}).items():
-        kind = schema.get("enum") or schema.get("type") or schema["anyOf"][0].get("type")
+        # A schema of an MCP server may have any form, also `true`.
+        schema = schema if isinstance(schema, Mapping) else {}
+        first = [one for one in schema.get("anyOf", ()) if isinstance(one, Mapping)][:1] or [{}]
+        kind = schema.get("enum") or schema.get("type") or first[0].get("type", "any")
         kind = "|".join(map(str, kind)) if isinstance(kind, list) else kind
         # The handles of media are the names in the pattern, before that of results.
-        handles = schema.get("pattern", "")[2:-2].split("|")[:-1]
-        words.append(f"{name}{'' if name in required else '?'}: {'|'.join(handles) or kind}")
+        handles, end, _ = schema.get("pattern", "").partition(f"|{REFERENCE})$")
+        words.append(f"{name}{'' if name in required else '?'}: {handles[2:] if end else kind}")
     return f"- {function['name']}({', '.join(words)}): {function['description']}"
