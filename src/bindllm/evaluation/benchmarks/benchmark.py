@@ -43,6 +43,7 @@ class Entry:
         shots: records of worked examples before the question.
         facts: further values for the parser or the metric.
         problem: why it cannot be asked; empty: it can.
+        row: the conversation, if the reader makes it itself instead of a record.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Entry:
     shots: Sequence[Record] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    row: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Item:
     @property
     def letter(self) -> str | None:
         """Letter of the right option of a multiple choice."""
-        return option_letter(self.references[0], self.row.options) if self.row.options else None
+        # The options of an episode are its names, and have no letters.
+        has_letters = self.row.options and self.row.task != "episode"
+        return option_letter(self.references[0], self.row.options) if has_letters else None
 
     @property
     def target(self) -> str | list[str]:
@@ -239,7 +243,7 @@ def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:
 
     if entry.problem:
         raise InputError(entry.problem)
-    made = row(entry.record)
+    made = row(entry.record) if entry.row is None else entry.row
     shots = [row(record).conversation.messages for record in entry.shots]
     examples = [Shot(question.text, answer.text, question.media) for question, answer in shots]
     made = replace(made, conversation=add_shots(made.conversation, examples))
