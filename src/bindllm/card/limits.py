@@ -41,6 +41,7 @@ def limits(evaluations: Sequence[Evaluation]) -> list[str]:
     sections: tuple[tuple[str, Callable[[Evaluation], list[str]]], ...] = (
         ("Dependence on the media", media_lines),
         ("Baselines", baseline_lines),
+        ("Counterfactual pairs", pair_lines),
         ("Bias towards yes", yes_lines),
         ("Answers that could not be read", unparsed_lines),
         ("Scores by group", group_lines),
@@ -82,6 +83,17 @@ def baseline_lines(one: Evaluation) -> list[str]:
                 f"- {one.name}: {main} of `{variant}` is {number_text(other)}, {verdict} with {number_text(own)}."
             )
     return sorted(lines)
+
+
+def pair_lines(one: Evaluation) -> list[str]:
+    """Return how often an answer changes with an attribute that the true answer does not depend on."""
+    found = {"": one.facts["scores"][MODEL], **one.facts["groups"].get("attribute", {})}
+    return [
+        f"- {one.name}{name and f', {cell(name)}'}: the answer changes in {percent(rate)} of the pairs, though the "
+        "true answer is the same."
+        for name, numbers in found.items()
+        if (rate := numbers.get("flip_rate")) and rate["value"] is not None
+    ]
 
 
 def yes_lines(one: Evaluation) -> list[str]:
@@ -164,6 +176,7 @@ def not_measured(
     done = {
         "media": NO_MEDIA in variants,
         "conflict": SHUFFLED_MEDIA in variants,
+        "probes": any(pair_lines(one) for one in evaluations),
         "yes": any(yes_lines(one) for one in evaluations),
         "language": "language" in labels,
         "modality": "modality" in labels,

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("generate", "ask a checkpoint about images, audio, texts, ..."),
     "chat": ("chat", "talk with a checkpoint in the terminal, with media of every kind"),
     "serve": ("serve", "serve a checkpoint: a chat page, and OpenAI's API for programs"),
+    "solve": ("solve", "answer in several steps, with tools that look at media"),
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
     "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
