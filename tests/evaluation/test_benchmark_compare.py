@@ -9,7 +9,7 @@ import pytest
 
 from bindllm.cli import main
 from bindllm.errors import InputError
-from bindllm.evaluation.benchmarks.compare import compare_folders
+from bindllm.evaluation.benchmarks.bootstrap import compare_folders
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder
 
 

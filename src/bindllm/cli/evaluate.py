@@ -149,8 +149,7 @@ def compare(a: Path, b: Path, *, show: NonNegativeInt = 5, output: Path | None =
     """
     from rich.table import Table
 
-    from bindllm.evaluation.benchmarks.bootstrap import interval_text
-    from bindllm.evaluation.benchmarks.compare import compare_folders
+    from bindllm.evaluation.benchmarks.bootstrap import compare_folders, interval_text
 
     found = compare_folders(a, b)
     for one in found:

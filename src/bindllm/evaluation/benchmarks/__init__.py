@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bindllm.errors import InputError, did_you_mean
-from bindllm.evaluation.benchmarks import captions, choice, pairs, vqa, yes_no
+from bindllm.evaluation.benchmarks import captions, choice, pairs, shots, vqa, yes_no
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, right_or_wrong
 from bindllm.evaluation.layouts import LAYOUTS
 
@@ -11,7 +11,7 @@ __all__ = ["BENCHMARKS", "Benchmark", "Entry", "Item", "find_benchmark", "right_
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for family in (yes_no, vqa, choice, captions, pairs)
+    for family in (yes_no, vqa, choice, captions, shots, pairs)
     for benchmark in family.BENCHMARKS
 }
 """All benchmarks by name."""

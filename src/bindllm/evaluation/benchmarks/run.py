@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.context.records import RecordReader
+from bindllm.model.decoder import num_positions
 from bindllm.parallel import RunContext
 
 CONTROL_SHARE = 4
@@ -235,9 +237,13 @@ class _Run:
         """Return the tokens of the items; those that do not fit into the decoder are dropped and counted."""
         made, failed = {}, {}
         tokenizer = self.model.tokenizer
+        positions, room = num_positions(self.model.decoder.config), self.settings.max_new_tokens or 1
         for item in found.items:
             try:
-                made[item.id] = make_sample(item.row, tokenizer, tokenizer.model_max_length)
+                # Never cut: a question without its end is another question.
+                sample = made[item.id] = make_sample(item.row, tokenizer, sys.maxsize)
+                if positions is not None and sample.prompt_length + room > positions:
+                    raise InputError(f"a prompt longer than the {positions:,} positions of the decoder")
             except InputError as error:
                 failed[item.id] = str(error)
         found.drop(failed)
