@@ -50,8 +50,8 @@ def test_an_evaluation_becomes_a_result_for_leaderboards(folder, work):
     written = write_model_card(folder, [pope], CardOptions(datasets={"pope": "lab/POPE:random"}))
     (entry,) = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "pope.yaml").read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lab/POPE", "random", 0.5)
-    assert "accuracy, 95 % interval 0." in entry.notes
-    assert "40 items" in entry.notes
+    assert entry.notes.startswith("bindllm; accuracy 0.5 (0.")
+    assert entry.notes.endswith("95 % interval, 40 items")
     text = (folder / "README.md").read_text()
     assert "Any published benchmark" not in text
     assert "40 of 41 questions (1 without their media), 1 answers that could not be read." in text

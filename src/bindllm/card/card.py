@@ -18,6 +18,7 @@ from huggingface_hub import eval_result_entries_to_yaml as entries_to_dicts
 
 from bindllm.atomic import atomic_file, write_json
 from bindllm.card.bill import BILL_FILE, bill_of_materials
+from bindllm.card.evidence import number_text
 from bindllm.card.facts import CardOptions, Facts, read_facts
 from bindllm.card.licenses import Combined, combine
 from bindllm.card.text import END, card_text, license_lines
@@ -98,7 +99,7 @@ def _leaderboard(facts: Facts) -> dict[str, EvalResultEntry]:
             raise UsageError(f"--dataset {name}={dataset}: expected ORG/NAME or ORG/NAME:TASK")
         main = known[name].metric.main
         number = known[name].facts["scores"][MODEL][main]
-        notes = f"bindllm; {main}, 95 % interval {number['low']} to {number['high']}, {number['n']} items"
+        notes = f"bindllm; {main} {number_text(number)}, 95 % interval, {number['n']} items"
         found[name] = EvalResultEntry(hub_id, task or "default", number["value"], notes=notes)
     return found
 
@@ -150,10 +151,7 @@ def _results(facts: Facts, task: str) -> Iterator[EvalResult]:
         values[one.facts["title"]] = (
             dataset,
             {
-                metric: (
-                    number["value"],
-                    f"{metric} ({number['low']} to {number['high']}, {number['n']} items)",
-                )
+                metric: (number["value"], f"{metric} {number_text(number)}, {number['n']} items")
                 for metric, number in own
             },
         )

@@ -95,7 +95,8 @@ class Facts:
             extra = [f"Overlap of training and test media: {problem}" for problem in self.overlap.problems]
             without = [one.name for one in self.evaluations if one.name not in self.overlaps]
             extra += [
-                f"Overlap of training media and those of {name}: they have no file." for name in without
+                f"Overlap of training media and those of {name}: none of its files is here."
+                for name in without
             ]
         extra += [f"{name}: {reason}" for name, reason in self.run.get("problems", {}).items()]
         if not self.evaluations:

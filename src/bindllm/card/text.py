@@ -93,6 +93,7 @@ def _training_lines(facts: Facts) -> list[str]:
         if (number := facts.metrics.get("trainable_parameters"))
         else None,
         "epochs (at most)": trainer.get("max_epochs"),
+        "steps (at most)": steps if (steps := trainer.get("max_steps") or -1) > 0 else None,
         "batch size": data.get("batch_size"),
         "accumulated batches": trainer.get("accumulate_grad_batches"),
         "longest row": f"{data['max_length']} tokens" if data.get("max_length") else None,
