@@ -248,7 +248,60 @@ def captions(folder: Path) -> Path:
     return folder
 
 
+def vl_icl(folder: Path) -> Path:
+    paths = {color: f"open_mi/{color}.png" for color in COLORS}
+    for color, path in paths.items():
+        image(folder / path, color)
+        image(folder / "operator_induction" / f"{color}.png", color)
+    classes = list(paths)
+    shown = {color: {"images": [path] * 5, "caption": f"This is a {color}."} for color, path in paths.items()}
+    query = {"question": "This is a", "classes": classes, "support": shown}
+    write(
+        folder / "open_mi/query.json",
+        [{**query, "image": [paths[color]], "answer": color} for color in classes],
+    )
+    write(folder / "open_mi/support.json", [])
+    rows = [
+        {"image": [f"operator_induction/{color}.png"], "question": "What is the result?"} for color in COLORS
+    ]
+    asked = [{**row, "answer": n, "operator": "-"} for n, row in enumerate(rows)]
+    write(folder / "operator_induction/query.json", asked)
+    write(
+        folder / "operator_induction/support.json",
+        [{**row, "answer": [n, 10 + n, 20]} for n, row in enumerate(rows)],
+    )
+    return folder
+
+
+def isekai(folder: Path) -> Path:
+    for n in range(9):
+        image(folder / "ISEKAI-10" / f"pos{n}.png", "red")
+        image(folder / "ISEKAI-10" / f"neg{n}.png", "blue")
+    row = {
+        "positive_list": [f"pos{n}.png" for n in range(8)],
+        "negative_list": [f"neg{n}.png" for n in range(8)],
+    }
+    row |= {"positive_promt": "octopus vacuum", "negative_promt": "octopus", "label_name": "octopus vacuum"}
+    rows = [{**row, "image_name": "pos8.png"}, {**row, "image_name": "neg8.png", "label_name": "octopus"}]
+    write(folder / "ISEKAI-10.json", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pairs(folder: Path) -> Path:
+    image(folder / "red.png", "red")
+    image(folder / "blue.png", "blue")
+    rows = [
+        {"pair": f"{job}", "attribute": "color of the shirt", "value": color, "image": f"{color}.png"}
+        | {"question": f"Is this a {job}?", "answer": "yes"}
+        for job in ("nurse", "pilot")
+        for color in ("red", "blue")
+    ]
+    write(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 BUILDERS = {
+    "pairs": pairs,
     "pope": pope,
     "mme": mme,
     "vqav2": vqav2,
@@ -271,5 +324,7 @@ BUILDERS = {
     "captions": captions,
     "modelnet40": modelnet,
     "esc50": esc50,
+    "vl_icl": vl_icl,
+    "isekai": isekai,
 }
 """Makes a tiny folder of each benchmark."""

@@ -1,16 +1,22 @@
-"""A checkpoint folder as a card reads it: JSON files only, no weights; and evaluation folders of it."""
+"""A checkpoint folder as a card reads it, with evaluation folders of it."""
 
 import json
 from pathlib import Path
 
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
-WEIGHTS = "ab" * 32
+from bindllm.atomic import file_sha256
+from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
+from bindllm.evaluation.benchmarks.folder import FORMAT
+from bindllm.evaluation.benchmarks.metrics import YES_NO
+from bindllm.model.checkpoint import fingerprint_checkpoint, read_manifest, read_weights
 
 
 def write_checkpoint(home: Path) -> Path:
-    """Write a checkpoint with a recipe, its data and its held-out rows, and return its folder."""
+    """Write a checkpoint with a recipe and its data, and return its folder."""
     data = home / "data" / "shapes"
     data.mkdir(parents=True)
     rows = []
@@ -26,6 +32,7 @@ def write_checkpoint(home: Path) -> Path:
 
     folder = home / "checkpoints" / "shapes"
     (folder / "report").mkdir(parents=True)
+    save_file({"injection.gates": torch.ones(3)}, folder / "bind.safetensors")
     write_json(
         folder / "bindllm.json",
         {
@@ -35,7 +42,7 @@ def write_checkpoint(home: Path) -> Path:
             "bind": {"depth": 3, "expansion": 4},
             "inject": {"kind": "value", "queries": True},
             "origin": "",
-            "weights_sha256": WEIGHTS,
+            "weights_sha256": file_sha256(folder / "bind.safetensors"),
             "root": "../..",
         },
     )
@@ -49,58 +56,51 @@ def write_checkpoint(home: Path) -> Path:
 
 
 def write_held_out(folder: Path) -> None:
-    """Write the held-out questions of the training run: ten, of which eight are answered right."""
-    hits = [True] * 8 + [False] * 2
-    rows = [
-        {"question": "?", "references": ["red"], "type": "hue" if n % 2 else "size", "modality": "image"}
-        | {"model": "red" if hit else "blue", "right": hit, "no_media": "blue", "shuffled_media": "red"}
-        | {"majority_answer": "blue", "subset": "", "media": "0.png"}
-        for n, hit in enumerate(hits)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "report" / "answers.jsonl").write_text(lines)
-
-    def variant(accuracy):
-        by_type = {"hue": accuracy, "size": accuracy}
-        return {"accuracy": accuracy, "count": 10, "by_type": by_type, "count_by_type": {"hue": 5, "size": 5}}
-
+    """Write the metrics of ten held-out questions."""
     shares = {"model": 0.8, "no_media": 0.0, "shuffled_media": 0.5, "majority_answer": 0.9}
-    tasks = {"answers": {name: variant(share) for name, share in shares.items()}}
-    write_json(
-        folder / "metrics.json", {"tasks": tasks, "seconds": {"train": 3.5}, "trainable_parameters": 1234}
-    )
+    empty = {"by_type": {}, "count_by_type": {}, "count": 10}
+    tasks = {"answers": {name: {"accuracy": share, **empty} for name, share in shares.items()}}
+    seconds = {"train": 3.5}
+    write_json(folder / "metrics.json", {"tasks": tasks, "seconds": seconds, "trainable_parameters": 1234})
 
 
-def write_evaluation(folder: Path, name: str = "pope", *, fingerprint: str = WEIGHTS) -> Path:
+def write_evaluation(folder: Path, checkpoint: Path, *, fingerprint: str | None = None) -> Path:
     """Write an evaluation of 40 yes-no questions: the model answers yes to all, of which half are right."""
     folder.mkdir(parents=True)
-    lines = []
+    manifest = read_manifest(checkpoint)
+    own = fingerprint or fingerprint_checkpoint(manifest, read_weights(checkpoint, manifest))
+    lines = {}
     for variant, count in (("model", 40), ("no_media", 20)):
         for n in range(count):
             target = "yes" if n % 2 else "no"
             answer = "Yes." if variant == "model" else target
-            unread = variant == "model" and n == 0
-            lines.append(
-                {"id": f"q{n}", "variant": variant, "prompt_sha256": "0" * 64, "parser": "yes or no"}
-                | {
-                    "answer": answer,
-                    "parsed": None if unread else answer.lower().rstrip("."),
-                    "target": target,
-                }
-                | {"score": float(answer.lower().startswith(target)), "groups": {"split": "ab"[n % 4 // 2]}}
+            parsed = None if variant == "model" and n == 0 else answer.lower().rstrip(".")
+            lines.setdefault(variant, []).append(
+                {"id": f"q{n}", "question": "?", "media": [f"{n}.png"], "target": target, "unit": f"q{n}"}
+                | {"groups": {"split": "ab"[n % 4 // 2]}, "variant": variant, "prompt_sha256": "0" * 64}
+                | {"parser": "yes_no", "answer": answer, "parsed": parsed, "score": float(parsed == target)}
             )
-    (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    own = {"accuracy": {"value": 0.5, "low": 0.35, "high": 0.65, "n": 40}}
-    without = {"accuracy": {"value": 1.0, "low": 1.0, "high": 1.0, "n": 20}}
+    texts = [json.dumps(line) + "\n" for part in lines.values() for line in part]
+    (folder / "items.jsonl").write_text("".join(texts))
+    counts = {"listed": 41, "items": 40, "missing_media": 1, "skipped": 1, "duplicate_ids": 0, "unparsed": 1}
     write_json(
         folder / "evaluation.json",
         {
-            "benchmark": name,
-            "fingerprint": fingerprint,
-            "settings": {"limit": 40},
-            "counts": {"items": 40, "unparsed": 1},
-            "scores": {"model": own, "no_media": without},
-            "groups": {"split": {"a": own, "b": own}},
+            "format": FORMAT,
+            "benchmark": "pope",
+            "title": "POPE, object hallucination",
+            "metric": "yes_no",
+            "checkpoint_fingerprint": own,
+            "data": "data/shapes",
+            "settings": {"limit": 40, "parser": "yes_no", "unparsed": "wrong"},
+            "counts": counts,
+            "skipped": {},
+            "notes": [],
+            "scores": {name: intervals(part, YES_NO) for name, part in lines.items()},
+            "groups": by_group(lines["model"], YES_NO),
+            "media": media_sentence(lines, YES_NO),
+            "seconds": 1.0,
+            "complete": True,
         },
     )
     return folder

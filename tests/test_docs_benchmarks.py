@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmark_parts import image, write
 from bindllm.cli.arguments import read_command
-from bindllm.cli.evaluate import evaluate
+from bindllm.cli.evaluate import compare, evaluate
 from bindllm.evaluation.benchmarks import BENCHMARKS
 from bindllm.evaluation.benchmarks.benchmark import read_items
 
@@ -30,8 +30,9 @@ def test_the_table_has_every_benchmark_with_its_parsers():
 
 def test_every_command_is_understood():
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    for _, command, *words in (words for words in lines if words[:2] == ["bindllm", "evaluate"]):
-        read_command(command, evaluate, words)
+    assert len(lines) == 4
+    for _, command, *words in lines:
+        read_command(command, {"evaluate": evaluate, "compare": compare}[command], words)
 
 
 def test_the_benchmark_of_your_own_is_read(tmp_path):

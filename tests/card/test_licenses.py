@@ -18,6 +18,10 @@ def combined(*expressions):
         ("CC-BY-NC 4.0 (no commercial use)", "CC-BY-NC-4.0"),
         ("MIT OR GPL-2.0-only", "MIT OR GPL-2.0-only"),
         ("gemma", "LicenseRef-gemma"),
+        ("Apache 2.0 License", "Apache-2.0"),
+        ("ISC License (ISCL)", "ISC"),
+        # No version is guessed.
+        ("GPL", "LicenseRef-GPL"),
         ("", "LicenseRef-unknown"),
         ("derives from LLaMA and ImageBind (CC-BY-NC 4.0)", "LicenseRef-unknown AND CC-BY-NC-4.0"),
     ],

@@ -4,7 +4,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from bindllm.card.card import CardOptions, write_model_card
+from bindllm.card.card import write_model_card
+from bindllm.card.facts import CardOptions
 from bindllm.errors import InputError, UsageError
 from card_parts import write_checkpoint, write_evaluation, write_held_out
 
@@ -37,21 +38,25 @@ def test_the_card_states_parts_data_results_and_gaps(folder):
     assert "| encoder | `my_lab.Encoder` | LicenseRef-unknown |" in text
     assert "| `data/shapes` | caption | 5 image | 5 | 2 |" in text
     assert "| optimizer: lr | 0.01 |" in text
-    assert "| `model` | 0.8 (0.4902 to 0.9433) | 10 |" in text
-    assert "accuracy of `majority_answer` is 0.9" in text
-    assert "it is better than the model" in text
-    assert "- 1 of 2 media of the test split are training media too, by content." in text
+    assert "| `model` | 0.8 |" in text
+    assert "- Without the image the same model answers 0.0% right." in text
+    assert "- test split: 1 of 2 media are training media too, by content." in text
     assert "- Any published benchmark." in text
     assert "The license of the encoder (`my_lab.Encoder`) is unknown" in text
 
 
 def test_an_evaluation_becomes_a_result_for_leaderboards(folder, work):
-    pope = write_evaluation(work / "pope")
+    pope = write_evaluation(work / "pope", folder)
     written = write_model_card(folder, [pope], CardOptions(datasets={"pope": "lab/POPE:random"}))
     (entry,) = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "pope.yaml").read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lab/POPE", "random", 0.5)
-    assert "0.35 to 0.65, 40 items" in entry.notes
-    assert "Any published benchmark" not in (folder / "README.md").read_text()
+    assert entry.notes.startswith("bindllm; accuracy 0.5 (0.")
+    assert entry.notes.endswith("95 % interval, 40 items")
+    text = (folder / "README.md").read_text()
+    assert "Any published benchmark" not in text
+    assert "40 of 41 questions (1 without their media), 1 answers that could not be read." in text
+    # 0.png to 2.png are training images, and 4.png has the content of one.
+    assert "- pope: 3 of 4 media are training media too, by content." in text
     assert folder / ".eval_results" / "pope.yaml" in written.files
     # A result that is no longer claimed is removed, and one of the owner stays.
     (folder / ".eval_results" / "own.yaml").write_text("[]\n")
@@ -61,19 +66,26 @@ def test_an_evaluation_becomes_a_result_for_leaderboards(folder, work):
 
 
 def test_an_evaluation_of_other_weights_is_refused(folder, work):
-    pope = write_evaluation(work / "pope", fingerprint="00" * 32)
+    pope = write_evaluation(work / "pope", folder, fingerprint="00" * 32)
     with pytest.raises(InputError, match="measured other weights"):
         write_model_card(folder, [pope])
     assert not (folder / "README.md").exists()
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "{", '{"benchmark": 1, "fingerprint": "' + "ab" * 32 + '", "scores": {}}']
+    "content",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"format": 1, "complete": false}',
+        '{"format": 1, "complete": true, "benchmark": "pope"}',
+    ],
 )
 def test_a_damaged_evaluation_is_named(content, folder, work):
-    pope = write_evaluation(work / "pope")
+    pope = write_evaluation(work / "pope", folder)
     (pope / "evaluation.json").write_text(content)
-    with pytest.raises(InputError, match="evaluation.json"):
+    with pytest.raises(InputError, match="pope"):
         write_model_card(folder, [pope])
 
 
@@ -119,7 +131,7 @@ def test_a_checkpoint_without_a_recipe_claims_nothing_about_training(folder):
 
 def test_a_source_that_is_gone_is_listed_as_not_compared(folder, work):
     (work / "data").rename(work / "moved")
-    assert "- Overlap with data/shapes:" in card(folder)
+    assert "- Overlap of training and test media: data/shapes:" in card(folder)
 
 
 def card(folder):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmark_parts import image, mme, pope
+from benchmark_parts import image, mme, pope, scienceqa
+from bindllm import Message
 from bindllm.cli import main
+from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import evaluate
 from bindllm.evaluation.benchmarks import BENCHMARKS, run
@@ -19,6 +23,7 @@ from bindllm.evaluation.benchmarks.bootstrap import differences, intervals, medi
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
 from tiny import save_tiny_decoder, tiny_model
 
@@ -258,3 +263,89 @@ def test_mistakes_are_explained(words, code, told, checkpoint, capsys):
 
 def test_every_benchmark_is_known_by_its_name():
     assert all(name == benchmark.name for name, benchmark in BENCHMARKS.items())
+
+
+def test_the_page_has_scores_controls_and_questions_and_escapes_them(measure, folder):
+    table = folder / "output/coco/coco_pope_random.json"
+    table.write_text(table.read_text().replace("a red dog", "a <b>red</b> dog"))
+    done = measure()
+    page = write_page(done).read_text()
+    assert done.facts["media"].replace("'", "&#39;") in page
+    for variant in ("no_media", "shuffled_media", "majority_answer"):
+        assert f">{variant}</th>" in page
+    assert "By split" in page
+    assert "a &lt;b&gt;red&lt;/b&gt; dog" in page
+    assert "<b>red" not in page
+    assert "data:image/webp;base64," in page
+    assert "24 answers unparsed, wrong" in page
+
+
+def test_a_random_option_only_if_it_is_asked_for_and_the_same_every_time(measure, tmp_path):
+    root = scienceqa(tmp_path / "scienceqa")
+    wrong = measure("scienceqa", root=root, output="wrong")
+    assert wrong.facts["counts"]["unparsed"] == 4
+    assert wrong["accuracy"] == 0
+    drawn = [
+        measure("scienceqa", root=root, output=f"random{n}", unparsed="random", seed=3) for n in range(2)
+    ]
+    scores = [[line["score"] for line in one.lines["model"]] for one in drawn]
+    assert scores[0] == scores[1]
+    assert drawn[0].facts["counts"]["unparsed"] == 4
+    assert drawn[0].lines["model"][0]["parser"] == "letter, else random with seed 3"
+    assert any(scores[0])
+
+
+def test_options_can_be_chosen_by_log_likelihood(measure, tmp_path, model):
+    done = measure("scienceqa", root=scienceqa(tmp_path / "scienceqa"), choose="likelihood")
+    assert {line["answer"] for line in done.lines["model"]} <= {"The answer is (A).", "The answer is (B)."}
+    assert done.facts["counts"]["unparsed"] == 0
+    # The likelihood of one answer, token by token.
+    (item, *_) = read_items(BENCHMARKS["scienceqa"], tmp_path / "scienceqa", prompt="").items
+    found = {}
+    for letter in "AB":
+        messages = (*item.row.conversation.messages[:-1], Message("assistant", f"The answer is ({letter})."))
+        sample = tokenize(
+            replace(item.row.conversation, messages=messages), model.tokenizer, 10_000, last_only=True
+        )
+        ids, own = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.media_index)[None]
+        vector = model.encode([item.media])[None]
+        logits = model(ids, torch.ones_like(ids), own, vector).logits[0].log_softmax(-1)
+        start = sample.prompt_length
+        found[letter] = logits[range(start - 1, len(ids[0]) - 1), ids[0, start:]].sum().item()
+    (line,) = (line for line in done.lines["model"] if line["id"] == item.id)
+    assert line["parsed"] == max(found, key=found.get)
+
+
+def test_prompts_that_do_not_fit_are_counted(measure, folder):
+    table = folder / "output/coco/coco_pope_random.json"
+    table.write_text(table.read_text().replace("a red dog", "a " + "very " * 120 + "red dog"))
+    done = measure()
+    assert done.facts["counts"] | {"listed": 24, "items": 22, "skipped": 2} == done.facts["counts"]
+    assert any("longer than the 512 positions of the decoder" in reason for reason in done.facts["skipped"])
+
+
+def test_rows_of_another_form_are_an_error_that_names_their_place(folder):
+    table = folder / "output/coco/coco_pope_popular.json"
+    rows = [json.loads(row) for row in table.read_text().splitlines()]
+    table.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "What?"}) + "\n")
+    with pytest.raises(InputError, match="coco_pope_popular.json: 1 x no column 'question_id'"):
+        read_items(BENCHMARKS["pope"], folder, prompt="{question}")
+    gqa_questions = {"1": {"question": "What?", "answer": "x", "imageId": "7"}, "2": {"question": "What?"}}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(gqa_questions))
+    with pytest.raises(InputError, match=r"the question after 1 of gqa has another form .*imageId"):
+        read_items(BENCHMARKS["gqa"], folder, prompt="{question}")
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_answers(checkpoint, monkeypatch, capsys):
+    append, calls = EvaluationFolder.append, []
+
+    def full(self, lines):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        append(self, lines)
+
+    monkeypatch.setattr(EvaluationFolder, "append", full)
+    assert main(["evaluate", "pope", "pope", *checkpoint, "--batch_size", "2"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(Path("runs/eval/checkpoint/pope/items.jsonl").read_text().splitlines()) >= 4

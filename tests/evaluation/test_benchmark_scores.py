@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from benchmark_parts import choices, mmbench, music_avqa, scienceqa, vqav2
+from benchmark_parts import choices, isekai, mmbench, music_avqa, scienceqa, vl_icl, vqav2
 from bindllm.evaluation.benchmarks import BENCHMARKS, parsers
 from bindllm.evaluation.benchmarks.benchmark import read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals
@@ -120,6 +120,27 @@ def test_options_that_are_empty_or_called_none(tmp_path):
         "D",
         None,
     ]
+
+
+def test_shots_of_vl_icl_have_the_operator_of_the_question(tmp_path):
+    items = {item.id: item for item in items_of("vl_icl", vl_icl(tmp_path))}
+    shown = items["operator_induction/3/4 shots"].row.conversation
+    answers = {message.text for message in shown.messages if message.role == "assistant"}
+    assert answers == {"10", "11", "12", "13", "3"}
+    # Two classes, each with as many shots as the others.
+    names = [message.text for message in items["open_mi/0/2 shots"].row.conversation.messages[1:-2:2]]
+    assert len(names) == 4
+    assert len(set(names)) == 2
+    assert "red" in names
+    item = items["operator_induction/3/0 shots"]
+    assert BENCHMARKS["vl_icl"].parser(None)[1]("It is 3.", item) == item.target == "3"
+
+
+def test_the_published_score_of_isekai(tmp_path):
+    item = items_of("isekai", isekai(tmp_path))[0]
+    score = BENCHMARKS["isekai"].scorer([item])
+    assert (item.target, item.letter) == ("octopus vacuum", None)
+    assert [score(item, text)["score"] for text in ("an octopus vacuum", "octopus")] == [1, 0]
 
 
 def test_the_words_of_a_template_are_filled_in(tmp_path):

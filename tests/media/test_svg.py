@@ -19,6 +19,7 @@ from PIL import Image
 import bindllm.media.images as images_module
 from bindllm.errors import MediaError, MissingExtraError
 from bindllm.media import open_image, svg_renderer
+from bindllm.media.limits import Budget, MediaLimits, decoding_one
 from recordings import assert_refused
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -234,6 +235,16 @@ def test_parts_that_are_not_drawn_give_one_warning(body, words, caplog, monkeypa
     open_image(path)
     open_image(svg(HALVES + body))
     assert [record.getMessage().startswith(f"{path}: {words}") for record in caplog.records] == [True]
+
+
+def test_a_link_in_a_request_is_refused():
+    """A client cannot read the log, and would get an answer about an image with holes."""
+    source = svg(HALVES + '<image href="photo.png" width="20" height="10"/>')
+    budget = Budget(MediaLimits())
+    with pytest.raises(MediaError, match="links to other images, which are not read"), decoding_one(budget):
+        open_image(source)
+    with decoding_one(budget):
+        assert open_image(svg(HALVES + '<text y="9">Cat</text>'))
 
 
 @pytest.mark.parametrize("kind", ["image/jpeg", "image/x-png", ""])

@@ -165,6 +165,25 @@ def test_a_field_that_cannot_be_used_is_refused(model, fields, param):
 
 
 @pytest.mark.parametrize(
+    ("body", "key", "param"),
+    [
+        ('{"messages": [{"role": "user", "content": "a"}], "seed": 1, "seed": 2}', "seed", "seed"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "a"}]}', "content", "content"),
+        ('{"messages": [], "a b\\n": 1, "a b\\n": 2}', "a b\\n", None),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(model, body, key, param):
+    for url in (CHAT, "/v1/responses", "/v1/embeddings"):
+        error = (
+            client_of(model)
+            .post(url, content=body, headers={"content-type": "application/json"})
+            .json()["error"]
+        )
+        assert f"the key '{key}' occurs more than once" in error["message"]
+        assert (error["param"], error["type"]) == (param, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
     ("part", "words"),
     [
         ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "expected a data: URI"),

@@ -95,6 +95,20 @@ def test_an_answer_follows_a_schema_and_an_unsupported_one_is_refused(client):
         assert "uniqueItems" in refused.json()["error"]["message"]
 
 
+def test_a_setting_that_the_engine_refuses_is_named(client):
+    unsupported = {"type": "array", "uniqueItems": True}
+    form = {"type": "json_schema", "name": "numbers", "schema": unsupported}
+    for url, fields, param in (
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": form}}, "response_format"),
+        (CHAT, {"logit_bias": {"259": 1}}, "logit_bias"),
+        ("/v1/responses", {"text": {"format": form}}, "text"),
+    ):
+        for stream in (False, True):
+            body = {"input": "Hi"} if url != CHAT else ask()
+            answer = client.post(url, json={**body, **fields, "stream": stream})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
 def test_a_media_that_cannot_be_read_is_refused(client):
     broken = {"type": "image", "image": "data:image/png;base64,iVBORw0KGgo="}
     for stream in (False, True):

@@ -89,16 +89,16 @@ def _package(found: Distribution) -> dict[str, Any]:
 
 def license_of_package(found: Distribution) -> str:
     """Return the SPDX expression of an installed package, from its metadata."""
-    # A long text is the license itself, not its name.
-    words = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
-    expression = spdx(words) if len(words) < 80 else UNKNOWN
-    if UNKNOWN not in expression and not expression.startswith("LicenseRef-"):
-        return expression
-    names = [
+    if expression := found.metadata.get("License-Expression"):
+        return spdx(expression)
+    # A long text is the license itself, not its name; then its classifier has the name.
+    words = found.metadata.get("License") or ""
+    classes = [
         line.rpartition(" :: ")[2] for line in found.metadata.get_all("Classifier", []) if _CLASSIFIER in line
     ]
-    known = {"MIT License": "MIT", "Apache Software License": "Apache-2.0", "BSD License": "BSD-3-Clause"}
-    return next((known[name] for name in names if name in known), expression)
+    return next(
+        (known for text in (words, *classes) if len(text) < 80 and (known := spdx(text)) != UNKNOWN), UNKNOWN
+    )
 
 
 def installed_packages(name: str = "bindllm") -> Iterable[Distribution]:

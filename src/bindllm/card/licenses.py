@@ -117,8 +117,9 @@ def spdx(text: str) -> str:
         >>> spdx("made from weights under CC-BY-NC 4.0")
         'LicenseRef-unknown AND CC-BY-NC-4.0'
     """
-    words = re.sub(r"\(.*\)", "", text).strip()
-    for candidate in (words, words.replace(" ", "-")):
+    # "CC-BY-NC 4.0 (no commercial use)", "Apache 2.0 License".
+    words = re.sub(r"(?i)\s+(?:software )?license$", "", re.sub(r"\(.*\)$", "", text).strip())
+    for candidate in (text, words, words.replace(" ", "-")):
         try:
             return canonicalize_license_expression(candidate)
         except InvalidLicenseExpression:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bindllm.card.evidence import Evidence, Figure, mean_of
+from bindllm.card.evidence import mean, number_text, percent, share
+from bindllm.evaluation.benchmarks.bootstrap import Number
+from bindllm.evaluation.benchmarks.folder import Evaluation
+from bindllm.evaluation.benchmarks.metrics import Line
 from bindllm.evaluation.task import MODEL, NO_MEDIA, SHUFFLED_MEDIA
 
-Item = Mapping[str, Any]
-
-CONTROLS = {
-    NO_MEDIA: "without media",
-    "gates_shut": "with the gates shut",
-    SHUFFLED_MEDIA: "with the media of other items, which conflict with the question",
-}
+CONTROLS = {NO_MEDIA: "without media", SHUFFLED_MEDIA: "with media that conflict with the question"}
 """Variants of the model that take its media away, in words."""
 
 LENGTHS = ((1, "1 word"), (3, "2 to 3 words"), (8, "4 to 8 words"), (None, "9 words or more"))
@@ -25,201 +22,13 @@ _FEW = 30
 _LARGEST = 20
 """Groups of a label that the table shows, the largest ones."""
 
-
-def limits(evidence: Sequence[Evidence]) -> list[str]:
-    """Return the report as lines of Markdown."""
-    sections: tuple[tuple[str, Callable[[Evidence], list[str]]], ...] = (
-        ("Dependence on the media", media_lines),
-        ("Baselines", baseline_lines),
-        ("Bias towards yes", yes_lines),
-        ("Answers that could not be read", unparsed_lines),
-        ("Scores by group", group_lines),
-    )
-    lines = []
-    for title, make in sections:
-        found = [line for one in evidence for line in make(one)]
-        if found:
-            lines += [f"### {title}", "", *found, ""]
-    return lines
-
-
-def media_lines(evidence: Evidence) -> list[str]:
-    """Compare the model with itself without its media, and with wrong ones, on the same items."""
-    lines, own = [], evidence.of(MODEL)
-    for variant, words in CONTROLS.items():
-        if variant not in evidence.scores:
-            continue
-        other = evidence.of(variant)
-        pairs = [(own[key], other[key]) for key in other if key in own]
-        lines.append(
-            f"- {evidence.name}: {_loss_of_media(evidence, variant, words, pairs)}{_same_answers(pairs)}"
-        )
-    return lines
-
-
-def _loss_of_media(evidence: Evidence, variant: str, words: str, pairs: list[tuple[Item, Item]]) -> str:
-    scored = [(a["score"], b["score"]) for a, b in pairs if None not in (a["score"], b["score"])]
-    metric = evidence.main
-    if not scored:
-        values = (evidence.scores[name].get(metric) for name in (MODEL, variant))
-        return f"{metric} {' against '.join(str(value or '-') for value in values)} {words}."
-    own, other = (sum(side) / len(scored) for side in zip(*scored, strict=True))
-    change = mean_of(a - b for a, b in scored)
-    verdict = (
-        "the score needs the media" if change.low > 0 else "nothing here shows that the score needs the media"
-    )
-    return (
-        f"the mean score of {len(scored):,} items is {own:.3f}, and {other:.3f} {words} (difference {change}): "
-        f"{verdict}."
-    )
-
-
-def _same_answers(pairs: list[tuple[Item, Item]]) -> str:
-    """Return how often the answer stays the same."""
-    if not pairs:
-        return ""
-    same = mean_of(_answer(a) == _answer(b) for a, b in pairs)
-    return f" {_percent(same)} of the answers stay the same."
-
-
-def _answer(item: Item) -> str:
-    """Return an answer for comparison; one that could not be parsed counts as it is."""
-    parsed = item["parsed"]
-    return str(item["answer"] if parsed is None else parsed).strip().lower()
-
-
-def baseline_lines(evidence: Evidence) -> list[str]:
-    """Compare the model with the variants that need no model, such as the most frequent answer."""
-    metric, lines = evidence.main, []
-    own = evidence.scores[MODEL][metric]
-    for variant, found in evidence.scores.items():
-        figure = found.get(metric)
-        if variant == MODEL or variant in CONTROLS or figure is None or None in (figure.value, own.value):
-            continue
-        verdict = "better than the model" if figure.value > own.value else "not better than the model"
-        lines.append(
-            f"- {evidence.name}: {metric} of `{variant}` is {figure}, of the model {own}: it is {verdict}."
-        )
-    return lines
-
-
-def yes_lines(evidence: Evidence) -> list[str]:
-    """Compare the share of yes among the answers with that among the true answers."""
-    asked = [
-        item
-        for item in evidence.of(MODEL).values()
-        if set(_targets(item)) <= {"yes", "no"} and _targets(item)
-    ]
-    if not asked:
-        return []
-    given = mean_of(_answer(item) == "yes" for item in asked)
-    true = sum(_targets(item) == ["yes"] for item in asked) / len(asked)
-    if given.low <= true <= given.high:
-        verdict = "no bias is shown"
-    else:
-        verdict = f"the model says yes too {'often' if given.value > true else 'rarely'}"
-    return [
-        f"- {evidence.name}: the model answers yes to {_percent(given)} of {len(asked):,} questions; yes is true for "
-        f"{true:.1%}: {verdict}."
-    ]
-
-
-def _targets(item: Item) -> list[str]:
-    target = item["target"]
-    return [str(one).strip().lower() for one in (target if isinstance(target, list) else [target])]
-
-
-def unparsed_lines(evidence: Evidence) -> list[str]:
-    """Return the share of answers that the parser could not read, if the evaluation has a parser."""
-    items = [item for item in evidence.of(MODEL).values() if item.get("parser")]
-    if not items:
-        return []
-    names = sorted({str(item["parser"]) for item in items})
-    return [
-        f"- {evidence.name}: {_percent(mean_of(item['parsed'] is None for item in items))} of {len(items):,} answers "
-        f"(parser {', '.join(names)}); they count as wrong."
-    ]
-
-
-def group_lines(evidence: Evidence) -> list[str]:
-    """Return a table for each label: those of the evaluation, and the length of the true answer."""
-    main, lines = evidence.main, []
-    tables = {
-        (label, main): {value: found[main] for value, found in groups.items() if main in found}
-        for label, groups in evidence.groups.items()
-    }
-    others = scored_groups(evidence)
-    tables |= {
-        (label, "mean score"): found for label, found in others.items() if label not in evidence.groups
-    }
-    for (label, metric), groups in tables.items():
-        # A single group is the whole.
-        if len(groups) < 2:
-            continue
-        shown = sorted(groups.items(), key=lambda entry: -(entry[1].n or 0))[:_LARGEST]
-        lines += [
-            f"{evidence.name}, by {label}:",
-            "",
-            f"| {label} | {metric} (95 % interval) | items |",
-            "|---|---|---|",
-        ]
-        lines += [f"| {cell(value)} | {figure} | {_count(figure)} |" for value, figure in shown]
-        if rest := len(groups) - len(shown):
-            lines.append(f"| {rest} smaller groups, see `{evidence.file}` | | |")
-        lines.append("")
-    # The caller separates sections.
-    return lines[:-1]
-
-
-def scored_groups(evidence: Evidence) -> dict[str, dict[str, Figure]]:
-    """Return the mean score of items by the length of the true answer, and by labels that have no figures yet."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for item in evidence.of(MODEL).values():
-        if item["score"] is None:
-            continue
-        length = min(len(target.split()) for target in _targets(item) or [""])
-        name = next(name for most, name in LENGTHS if most is None or length <= most)
-        for label, value in {**item.get("groups", {}), "length of the true answer": name}.items():
-            found.setdefault(label, {}).setdefault(str(value), []).append(item["score"])
-    return {label: {value: mean_of(own) for value, own in groups.items()} for label, groups in found.items()}
-
-
-def not_measured(evidence: Sequence[Evidence], *, extra: Iterable[str], measured: Iterable[str]) -> list[str]:
-    """Return the checks without a measurement, as a list of Markdown.
-
-    Args:
-        evidence: all evaluations.
-        extra: further sentences.
-        measured: names of `_CHECKS` that something else has measured.
-    """
-    items = [item for one in evidence for item in one.of(MODEL).values()]
-    variants = {variant for one in evidence for variant in one.scores}
-    labels = {label for one in evidence for label in one.groups} | {
-        k for i in items for k in i.get("groups", {})
-    }
-    done = set(measured) | {
-        name
-        for name, is_done in {
-            "media": bool(variants & {NO_MEDIA, "gates_shut"}),
-            "conflict": SHUFFLED_MEDIA in variants,
-            "yes": any(yes_lines(one) for one in evidence),
-            "language": "language" in labels,
-            "modality": "modality" in labels,
-        }.items()
-        if is_done
-    }
-    return [f"- {words}" for name, words in _CHECKS.items() if name not in done] + [
-        f"- {words}" for words in extra
-    ]
-
-
 _CHECKS = {
     "media": "Answers without media.",
     "conflict": "Answers to media that conflict with the question.",
     "yes": "Bias towards yes, and objects that are named and not there (POPE measures both).",
     "modality": "Scores by modality.",
     "language": "Scores by language.",
-    "probes": "Counterfactual pairs: the same question with one attribute swapped (`--probes`).",
+    "probes": "Counterfactual pairs: the same question with one attribute swapped.",
     "people": "Differences between groups of people, beyond the groups above.",
     "calibration": "Calibration: whether the probability of an answer is the share of right ones.",
     "harm": "Harmful, stereotyped or toxic answers, refusals, and attacks by text or media.",
@@ -227,14 +36,154 @@ _CHECKS = {
 }
 
 
-def _percent(figure: Figure) -> str:
-    return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
+def limits(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return the report as lines of Markdown."""
+    sections: tuple[tuple[str, Callable[[Evaluation], list[str]]], ...] = (
+        ("Dependence on the media", media_lines),
+        ("Baselines", baseline_lines),
+        ("Counterfactual pairs", pair_lines),
+        ("Bias towards yes", yes_lines),
+        ("Answers that could not be read", unparsed_lines),
+        ("Scores by group", group_lines),
+    )
+    lines = []
+    for title, make in sections:
+        if found := [line for one in evaluations for line in make(one)]:
+            lines += [f"### {title}", "", *found, ""]
+    return lines
 
 
-def _count(figure: Figure) -> str:
-    if figure.n is None:
-        return "-"
-    return f"{figure.n:,}" + (" (few)" if figure.n < _FEW else "")
+def media_lines(one: Evaluation) -> list[str]:
+    """Return whether the score needs the media, and how often the answers are the same without them."""
+    lines = [f"- {one.name}: {one.facts['media']}"]
+    own = {line["id"]: line for line in one.lines[MODEL]}
+    for variant, words in CONTROLS.items():
+        if other := one.lines.get(variant):
+            same = share(other, [_answer(line) == _answer(own[line["id"]]) for line in other])
+            lines.append(f"- {one.name}: {percent(same)} of {len(other):,} answers stay the same {words}.")
+    return lines
+
+
+def _answer(line: Line) -> str:
+    """Return an answer for comparison; one that could not be parsed counts as it is."""
+    return str(line["answer"] if line["parsed"] is None else line["parsed"]).strip().lower()
+
+
+def baseline_lines(one: Evaluation) -> list[str]:
+    """Compare the model with the variants that need no model, such as the most frequent answer."""
+    main, lines = one.metric.main, []
+    own = one.facts["scores"][MODEL][main]
+    for variant in one.facts["scores"].keys() - {MODEL, *CONTROLS}:
+        other = one.facts["scores"][variant][main]
+        if None not in (own["value"], other["value"]):
+            verdict = (
+                "better than the model" if other["value"] > own["value"] else "not better than the model"
+            )
+            lines.append(
+                f"- {one.name}: {main} of `{variant}` is {number_text(other)}, {verdict} with {number_text(own)}."
+            )
+    return sorted(lines)
+
+
+def pair_lines(one: Evaluation) -> list[str]:
+    """Return how often an answer changes with an attribute that the true answer does not depend on."""
+    found = {"": one.facts["scores"][MODEL], **one.facts["groups"].get("attribute", {})}
+    return [
+        f"- {one.name}{name and f', {cell(name)}'}: the answer changes in {percent(rate)} of the pairs, though the "
+        "true answer is the same."
+        for name, numbers in found.items()
+        if (rate := numbers.get("flip_rate")) and rate["value"] is not None
+    ]
+
+
+def yes_lines(one: Evaluation) -> list[str]:
+    """Compare the share of yes among the answers with that among the true answers."""
+    asked = [line for line in one.lines[MODEL] if _targets(line) in (["yes"], ["no"])]
+    if not asked:
+        return []
+    given = share(asked, [_answer(line) == "yes" for line in asked])
+    true = sum(_targets(line) == ["yes"] for line in asked) / len(asked)
+    if given["low"] <= true <= given["high"]:
+        verdict = "no bias is shown"
+    else:
+        verdict = f"the model says yes too {'often' if given['value'] > true else 'rarely'}"
+    return [
+        f"- {one.name}: the model answers yes to {percent(given)} of {len(asked):,} questions; yes is true for "
+        f"{true:.1%}: {verdict}."
+    ]
+
+
+def _targets(line: Line) -> list[str]:
+    target = line["target"]
+    return [str(text).strip().lower() for text in (target if isinstance(target, list) else [target])]
+
+
+def unparsed_lines(one: Evaluation) -> list[str]:
+    """Return the share of answers that the parser could not read."""
+    lines = one.lines[MODEL]
+    unread = share(lines, [line["parsed"] is None for line in lines])
+    parser, counted = (one.facts["settings"][key] for key in ("parser", "unparsed"))
+    return [
+        f"- {one.name}: {percent(unread)} of {len(lines):,} answers (parser {parser}); they count as {counted}."
+    ]
+
+
+def group_lines(one: Evaluation) -> list[str]:
+    """Return a table for each label of the benchmark, and one for the length of the true answer."""
+    main, lines = one.metric.main, []
+    tables = {
+        (label, main): {value: numbers[main] for value, numbers in groups.items()}
+        for label, groups in one.facts["groups"].items()
+    }
+    tables["length of the true answer", "mean score"] = _by_length(one.lines[MODEL])
+    for (label, metric), groups in tables.items():
+        # A single group is the whole.
+        if len(groups) < 2:
+            continue
+        shown = sorted(groups.items(), key=lambda entry: -entry[1]["n"])[:_LARGEST]
+        lines += [f"{one.name}, by {label}:", "", f"| {label} | {metric} | items |", "|---|---|---|"]
+        for value, number in shown:
+            few = " (few)" if number["n"] < _FEW else ""
+            lines.append(f"| {cell(value)} | {number_text(number)} | {number['n']:,}{few} |")
+        if rest := len(groups) - len(shown):
+            lines.append(f"| {rest} smaller groups, see `evaluation.json` | | |")
+        lines.append("")
+    # The caller separates sections.
+    return lines[:-1]
+
+
+def _by_length(lines: Sequence[Line]) -> dict[str, Number]:
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        length = min(len(target.split()) for target in _targets(line))
+        name = next(name for most, name in LENGTHS if most is None or length <= most)
+        found.setdefault(name, []).append(line)
+    return {name: mean(own) for name, own in found.items()}
+
+
+def not_measured(
+    evaluations: Sequence[Evaluation], variants: Iterable[str], *, extra: Iterable[str]
+) -> list[str]:
+    """Return the checks without a measurement, as a list of Markdown.
+
+    Args:
+        evaluations: all evaluations.
+        variants: variants of the model that were measured on held-out rows.
+        extra: further sentences.
+    """
+    variants = {*variants, *(variant for one in evaluations for variant in one.lines)}
+    labels = {label for one in evaluations for label in one.facts["groups"]}
+    done = {
+        "media": NO_MEDIA in variants,
+        "conflict": SHUFFLED_MEDIA in variants,
+        "probes": any(pair_lines(one) for one in evaluations),
+        "yes": any(yes_lines(one) for one in evaluations),
+        "language": "language" in labels,
+        "modality": "modality" in labels,
+    }
+    return [f"- {words}" for name, words in _CHECKS.items() if not done.get(name)] + [
+        f"- {words}" for words in extra
+    ]
 
 
 def cell(text: Any) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 from bindllm.data.source_config import Columns, EpisodeConfig, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import BindLLMError, MediaError
+from bindllm.evaluation.benchmarks.folder import Evaluation
+from bindllm.evaluation.task import MODEL
 from bindllm.imports import resolve_path
 from bindllm.media import Media
+from bindllm.media.source import open_stream
 
 TRAIN = "train"
 
 
 class Overlap:
-    """The content hashes of the media of a recipe, by split.
+    """The hashes of the media of a recipe, by split.
 
     Args:
         sources: the data sources of a recipe.
@@ -29,14 +32,11 @@ class Overlap:
         problems: why a source could not be compared.
     """
 
-    def __init__(
-        self, sources: Iterable[Mapping[str, Any]], home: Path, advance: Callable[[], Any] = lambda: None
-    ) -> None:
-        self.advance = advance
+    def __init__(self, sources: Iterable[Mapping[str, Any]], home: Path, advance: Callable[[], Any]) -> None:
+        self._advance = advance
         self.problems: list[str] = []
-        # With the modality: one file is another media as a depth map.
-        self._hashes: dict[Media, str] = {}
-        self._splits: dict[str, set[str]] = {}
+        self._hashes: dict[str, str | None] = {}
+        self._splits: dict[str, set[str]] = {TRAIN: set()}
         for entry in sources:
             try:
                 rows, _ = read_source(_config(entry, home))
@@ -50,25 +50,39 @@ class Overlap:
     def held_out(self) -> dict[str, tuple[int, int]]:
         """Return for each other split the number of its media that are in training too, and of all its media."""
         return {
-            split: (len(found & self._splits.get(TRAIN, set())), len(found))
+            split: (len(found & self._splits[TRAIN]), len(found))
             for split, found in self._splits.items()
             if split != TRAIN and found
         }
 
-    def count(self, media: Iterable[Media]) -> tuple[int, int]:
-        """Return how many different media are in training too, and how many there are."""
-        found = set(self._hashed(media))
-        return len(found & self._splits.get(TRAIN, set())), len(found)
+    def of(self, evaluation: Evaluation) -> tuple[int, int] | None:
+        """Return the same numbers for the media of an evaluation; None: none of them is a file that is still there."""
+        root = Path(evaluation.facts["data"])
+        names = dict.fromkeys(name for line in evaluation.lines[MODEL] for name in line["media"])
+        found = set(self._hashed(Media.image(root / name) for name in names))
+        return (len(found & self._splits[TRAIN]), len(found)) if found else None
 
-    def _hashed(self, media: Iterable[Media]) -> Iterable[str]:
-        for item in dict.fromkeys(media):
-            if item not in self._hashes:
-                # Training has counted and skipped files that cannot be read.
-                with suppress(MediaError):
-                    self._hashes[item] = item.content_hash()
-                self.advance()
-            if item in self._hashes:
-                yield self._hashes[item]
+    def _hashed(self, media: Iterable[Media]) -> Iterator[str]:
+        for item in media:
+            is_file = isinstance(item.source, str | Path) and item.modality != "text"
+            name = str(item.source)
+            if not is_file:
+                yield item.content_hash()
+            elif name not in self._hashes:
+                self._hashes[name] = _file_hash(name)
+                self._advance()
+            # Training has counted and skipped files that cannot be read.
+            if is_file and (found := self._hashes[name]):
+                yield found
+
+
+def _file_hash(path: str) -> str | None:
+    """Return the hash of a file, whatever its modality; None if it cannot be read."""
+    try:
+        with open_stream(path) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except MediaError:
+        return None
 
 
 def _config(entry: Mapping[str, Any], home: Path) -> SourceConfig:

@@ -13,7 +13,7 @@ from bindllm.errors import BindLLMError, UsageError, did_you_mean, printable_lin
 from bindllm.imports import find_named_modules
 
 COMMANDS = {
-    "fetch": ("folders", "download and verify the quickstart: decoder, encoder, images"),
+    "fetch": ("folders", "download and verify the parts of a recipe: decoder, encoder, images"),
     "check": ("recipes.check", "find all problems of a recipe, a checkpoint or an encoder"),
     "embed": ("recipes.fit", "precompute the embeddings of a recipe's media"),
     "fit": ("recipes.fit", "train a model from a recipe; resumes interrupted runs"),
@@ -22,12 +22,14 @@ COMMANDS = {
     "generate": ("generate", "ask a checkpoint about images, audio, texts, ..."),
     "chat": ("chat", "talk with a checkpoint in the terminal, with media of every kind"),
     "serve": ("serve", "serve a checkpoint: a chat page, and OpenAI's API for programs"),
+    "solve": ("solve", "answer in several steps, with tools that look at media"),
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
     "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "datastore": ("index", "build a datastore: records that a model with context retrieves"),
     "align": ("recipes.align", "train an encoder of a new modality for a joint space, from pairs"),
     "evaluate": ("evaluate", "measure a checkpoint on published benchmarks, with controls"),
+    "compare": ("evaluate", "paired test of two evaluations, and the questions won and lost"),
     "zero_shot": ("zero_shot", "zero-shot classification and retrieval from embeddings"),
     "few_shot": ("zero_shot", "few-shot evaluation with controls, on held-out rows of a table"),
     "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
@@ -45,11 +47,11 @@ SYNONYMS = {"train": "fit", "eval": "evaluate", "predict": "generate"}
 
 EXAMPLES = """\
 examples:
-  bindllm fit --config recipes/quickstart.yaml
-  bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5
-  bindllm check --config recipes/quickstart.yaml
-  bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
-  bindllm chat checkpoints/quickstart
+  bindllm fit --config recipes/scenes.yaml
+  bindllm fit --config recipes/scenes.yaml --trainer.max_epochs 5
+  bindllm check --config recipes/scenes.yaml
+  bindllm generate checkpoints/scenes "Describe this image." --image cat.png
+  bindllm chat checkpoints/scenes
   bindllm convert imagebind_huge.pth --output checkpoints/imagebind
   bindllm encode dog.jpg bark.wav --text "a dog"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bindllm.errors import UsageError, printable_lines
 
-EVALUATIONS = Path("runs") / "eval"
-"""Folder that ``bindllm evaluate`` writes to."""
+# bindllm evaluate writes there, into a folder for each checkpoint.
+_EVALUATIONS = Path("runs", "eval")
 
 
 def card(
@@ -28,7 +28,8 @@ def card(
 
     Args:
         checkpoint: folder that bindllm fit wrote
-        evaluation: folder of an evaluation of this checkpoint; may be repeated
+        evaluation: folder of an evaluation of this checkpoint, or of several; may be repeated (default:
+            runs/eval/CHECKPOINT, if it exists)
         license: PART=EXPRESSION, the SPDX license of a part whose folder names none, as in decoder=Apache-2.0; may be
             repeated
         language: ISO code of a language that the model answers in, such as en; may be repeated
@@ -37,18 +38,21 @@ def card(
             be repeated
 
     Example:
-        bindllm card checkpoints/quickstart --language en
+        bindllm card checkpoints/scenes --language en
     """
     licenses, datasets = _pairs("license", license), _pairs("dataset", dataset)
 
     from rich.progress import Progress
 
-    from bindllm.card.card import CardOptions, write_model_card
+    from bindllm.card.card import write_model_card
+    from bindllm.card.facts import CardOptions
 
     options = CardOptions(licenses, language, base_model, datasets)
+    default = _EVALUATIONS / checkpoint.resolve().name
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("comparing training and test media", total=None)
-        written = write_model_card(checkpoint, evaluation, options, advance=lambda: bar.advance(task))
+        folders = evaluation or ((default,) if default.is_dir() else ())
+        written = write_model_card(checkpoint, folders, options, advance=lambda: bar.advance(task))
     for file in written.files:
         print(printable_lines(f"written: {file}"))
     for line in written.warnings:

@@ -1,4 +1,4 @@
-"""``bindllm evaluate``: measure a checkpoint on published benchmarks, with controls and intervals."""
+"""``bindllm evaluate``: measure a checkpoint on published benchmarks. ``bindllm compare``: compare two evaluations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from bindllm.atomic import write_json
 from bindllm.cli.generate import ModelOptions
 from bindllm.cli.options import print_whole
 from bindllm.errors import BindLLMError, UsageError, printable_lines
@@ -18,7 +19,6 @@ from bindllm.imports import name_module
 
 if TYPE_CHECKING:
     from bindllm.evaluation.benchmarks import Benchmark
-    from bindllm.evaluation.benchmarks.bootstrap import Number
     from bindllm.evaluation.benchmarks.folder import Evaluation
 
 
@@ -85,6 +85,7 @@ def evaluate(
     loaded = model.load(checkpoint, overrides, cache=False)
 
     from bindllm.evaluation.benchmarks.run import evaluate as measure
+    from bindllm.report.benchmark import write_page
 
     settings = measuring.settings()
     output, failed = measuring.output or Path("runs/eval", Path(checkpoint).resolve().name), 0
@@ -100,6 +101,7 @@ def evaluate(
             print(printable_lines(f"error: {benchmark.name}: {error}"), file=sys.stderr)
         else:
             _show(done)
+            print(f"page: {write_page(done)}")
     return 1 if failed else 0
 
 
@@ -133,9 +135,48 @@ def _find(name: str) -> Benchmark:
     return found
 
 
+def compare(a: Path, b: Path, *, show: NonNegativeInt = 5, output: Path | None = None) -> int:
+    """Compare two evaluations: a paired test of every number, and the questions that were won and lost.
+
+    Args:
+        a: folder that bindllm evaluate wrote: of one benchmark, or with a subfolder for each
+        b: the same of the other checkpoint
+        show: number of won and of lost questions to print
+        output: file to write all won and lost questions to, as JSON
+
+    Example:
+        bindllm compare runs/eval/a runs/eval/b
+    """
+    from rich.table import Table
+
+    from bindllm.evaluation.benchmarks.bootstrap import compare_folders, interval_text
+
+    found = compare_folders(a, b)
+    for one in found:
+        table = Table(title=f"{one.benchmark}, {one.count:,} questions of both", title_justify="left")
+        for column in ("metric", "A", "B", "B - A, 95 %", "p"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for name, number in one.difference.items():
+            p = "-" if number["value"] is None else f"{number['p']:.3f}"
+            table.add_row(name, *(interval_text(part[name]) for part in (one.a, one.b, one.difference)), p)
+        print_whole(table)
+        print(f"B won {len(one.won):,} questions and lost {len(one.lost):,}")
+        for word, pairs in (("won", one.won), ("lost", one.lost)):
+            for x, y in pairs[:show]:
+                asked = f"{word}: {x['id']}: {x['question']!r}, true {x['target']!r}"
+                print(printable_lines(f"{asked}: A {x['answer']!r}, B {y['answer']!r}"))
+        print(printable_lines("\n".join(f"note: {note}" for note in one.notes)), end="\n" * bool(one.notes))
+    if output:
+        write_json(output, {one.benchmark: one.facts() for one in found})
+        print(f"written to {output}")
+    return 0
+
+
 def _show(done: Evaluation) -> None:
     """Print the numbers of each variant, and the counts."""
     from rich.table import Table
+
+    from bindllm.evaluation.benchmarks.bootstrap import interval_text
 
     facts, scores = done.facts, done.facts["scores"]
     table = Table(title=f"{done.name}, 95 % intervals", title_justify="left")
@@ -157,18 +198,3 @@ def _show(done: Evaluation) -> None:
         lines.append(f"note: {counts['duplicate_ids']:,} ids occur twice; #2 was appended to the second")
     lines.append(f"written to {done.folder}, {facts['seconds']:.1f} s")
     print(printable_lines("\n".join(lines)))
-
-
-def interval_text(number: Number | None) -> str:
-    """Return a number with its interval.
-
-    Examples:
-        >>> interval_text({"value": 0.5, "low": 0.4, "high": 0.6, "n": 9})
-        '0.500 [0.400, 0.600]'
-    """
-    if number is None or number["value"] is None:
-        return "-"
-    digits = 1 if abs(number["value"]) >= 100 else 3
-    ends = [number[key] for key in ("low", "high")]
-    interval = "" if None in ends else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-    return f"{number['value']:.{digits}f}{interval}"

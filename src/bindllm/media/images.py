@@ -37,7 +37,7 @@ from PIL import (
 
 from bindllm.errors import MediaError, MissingExtraError, printable, reading
 from bindllm.media import svg_renderer
-from bindllm.media.limits import at_most, check_time, seconds_left
+from bindllm.media.limits import at_most, check_time, current_budget, seconds_left
 from bindllm.media.source import CHUNK, Source, name_of, open_stream, read_head
 from bindllm.media.svg_renderer import ANSWER, FAILED, LINKS, REQUEST, TEXT
 
@@ -314,7 +314,7 @@ def _render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
 
     The proportions come from width and height, else from the viewBox, else from the bounding box of the
     drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file, and text only in
-    the fonts of this machine; the first file of each kind gives a warning.
+    the fonts of this machine; the first file of each kind gives a warning. A link in a request is an error.
 
     Args:
         stream: the file, plain or packed with gzip.
@@ -327,6 +327,11 @@ def _render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
         MissingExtraError: resvg_py is not installed.
     """
     flags, png = _process.render(_read_svg(stream), size=size)
+    # Whoever sent a request cannot read the log, and would get an answer about an image with holes.
+    if flags & LINKS and current_budget() is not None:
+        raise MediaError(
+            "an SVG that links to other images, which are not read; embed them as PNG or JPEG in data: URIs"
+        )
     for flag in (flag for flag in _WARNINGS if flags & flag and flag not in _warned):
         _warned.add(flag)
         _log.warning("%s: %s (further files are not reported)", printable(name), _WARNINGS[flag])

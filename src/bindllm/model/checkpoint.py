@@ -14,6 +14,7 @@ Loading never unpickles. It builds only encoders under ``bindllm.`` unless the c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bindllm import __version__
@@ -283,6 +285,28 @@ def describe_model(model: BindLLM) -> dict[str, Any]:
         **{name: None if config is None else asdict(config) for name, config in configs.items()},
         "origin": model.origin,
     }
+
+
+def fingerprint_checkpoint(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of everything that decides an answer, the same for a folder and for the model loaded from it.
+
+    Paths and versions do not count: a moved project keeps its fingerprint.
+
+    Args:
+        manifest: content of ``bindllm.json``, or the description of a model.
+        tensors: the trained tensors.
+    """
+    decoder = {
+        key: manifest["decoder"].get(key)
+        for key in ("fingerprint", "dtype", "system", "template", "quantize")
+    }
+    encoders = [(entry["class_path"], entry["fingerprint"]) for entry in manifest["encoders"]]
+    configs = [manifest.get(key) for key in ("bind", "inject", "adapter", "context")]
+    digest = hashlib.sha256(json.dumps([decoder, encoders, configs], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:

@@ -89,12 +89,6 @@ class ReportData:
 
 def render_page(data: ReportData) -> str:
     """Return the HTML of a report; no file that a row names is opened."""
-    # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
-    loader = PackageLoader("bindllm.report")
-    page = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page.filters |= {"brief": brief, "duration": duration, "share": METRICS["accuracy"].show}
     one, many = media_words(data.modalities)
     lead = summarize(
         data.metrics, num_captions=len(data.rows.get("captions", ())), modalities=data.modalities
@@ -103,32 +97,50 @@ def render_page(data: ReportData) -> str:
     logged = data.training or data.validation
     # A task without rows, such as conversations, has no cards.
     sheets = {task: _sheet(task, rows, data.thumbnails) for task, rows in data.rows.items() if rows}
-    return page.get_template("report.html.j2").render(
-        data.facts,
-        metrics=data.metrics,
-        lead=" ".join(lead),
-        one=one,
-        many=many,
-        data_tables=_data_tables(data.facts["data"], one, many),
-        groups=[
-            (
-                row["group"],
-                f"{row['tensors']:,}",
-                f"{row['parameters']:,}",
-                "yes" if row["trainable"] else "frozen",
-            )
-            for row in data.facts["parameters"]
-        ],
-        parts=[(row["part"], row["name"], row["license"]) for row in data.facts["licenses"]],
-        tasks={task: _task(task, variants, many) for task, variants in data.metrics["tasks"].items()},
-        losses=Markup(loss_figure(data.training, data.validation)) if logged else "",
-        gates=Markup(gate_figure(data.gates)),
-        largest_gate=_largest(data.gates),
-        sizes=np.abs(data.gates),
-        sheets=sheets,
-        blind={row["no_media"] for row in data.rows.get("captions", ())} - {None},
-        recipe=data.recipe,
+    return (
+        page_templates()
+        .get_template("report.html.j2")
+        .render(
+            data.facts,
+            metrics=data.metrics,
+            lead=" ".join(lead),
+            one=one,
+            many=many,
+            data_tables=_data_tables(data.facts["data"], one, many),
+            groups=[
+                (
+                    row["group"],
+                    f"{row['tensors']:,}",
+                    f"{row['parameters']:,}",
+                    "yes" if row["trainable"] else "frozen",
+                )
+                for row in data.facts["parameters"]
+            ],
+            parts=[(row["part"], row["name"], row["license"]) for row in data.facts["licenses"]],
+            tasks={task: _task(task, variants, many) for task, variants in data.metrics["tasks"].items()},
+            losses=Markup(loss_figure(data.training, data.validation)) if logged else "",
+            gates=Markup(gate_figure(data.gates)),
+            largest_gate=_largest(data.gates),
+            sizes=np.abs(data.gates),
+            sheets=sheets,
+            blind={row["no_media"] for row in data.rows.get("captions", ())} - {None},
+            recipe=data.recipe,
+        )
     )
+
+
+def page_templates() -> Environment:
+    """Return the templates of pages; they escape every text."""
+    # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
+    page = Environment(
+        loader=PackageLoader("bindllm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"brief": brief, "duration": duration, "share": METRICS["accuracy"].show}
+    return page
 
 
 def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:

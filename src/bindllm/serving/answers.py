@@ -10,9 +10,10 @@ from functools import partial
 from typing import Self
 
 from bindllm.serving.api.errors import NO_RETRY, ApiError
+from bindllm.serving.api.sampling import Question
 from bindllm.serving.engine import Engine
 from bindllm.serving.metrics import Metrics
-from bindllm.serving.request import Piece, Request
+from bindllm.serving.request import Piece
 
 
 class Answers:
@@ -20,8 +21,7 @@ class Answers:
 
     Args:
         engine: answers the request.
-        request: the request.
-        choices: number of answers.
+        question: its request, and the number of answers.
         metrics: counts tokens and times.
 
     Raises:
@@ -32,16 +32,16 @@ class Answers:
         completion_tokens: generated so far, in all choices.
     """
 
-    def __init__(self, engine: Engine, request: Request, choices: int, metrics: Metrics) -> None:
-        self.completion_tokens = 0
+    def __init__(self, engine: Engine, question: Question, metrics: Metrics) -> None:
+        self.completion_tokens, self._question = 0, question
         self._loop, self._metrics = asyncio.get_running_loop(), metrics
         # Choices end at different times; a stream is over with the last of them.
         self._finished: set[int] = set()
         # Without a limit, as the engine must not wait; an answer has at most `max_tokens` pieces.
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._started = self._last = time.perf_counter()
-        listeners = [partial(self._put, choice) for choice in range(choices)]
-        self._tickets = engine.submit_choices(request, listeners)
+        listeners = [partial(self._put, choice) for choice in range(question.choices)]
+        self._tickets = engine.submit_choices(question.request, listeners)
 
     @property
     def prompt_tokens(self) -> int:
@@ -84,7 +84,7 @@ class Answers:
         if piece.is_last:
             self._finished.add(choice)
         if piece.error is not None:
-            raise piece.error
+            raise self._question.named(piece.error)
         if piece.finish == "timeout":
             # Not retried by clients: the same request would need the same time again.
             raise ApiError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -24,7 +26,7 @@ from bindllm.model.decoder import num_positions
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import KEEP_ALIVE, Neighbors, chat_fields, complete_chat, stream_chat
 from bindllm.serving.api.embeddings import embed
-from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response
+from bindllm.serving.api.errors import NO_RETRY, RETRY, ApiError, handle, json_response, unique_keys
 from bindllm.serving.api.responses import ResponseWriter, response_fields
 from bindllm.serving.api.sampling import Question, check_model, find_neighbors, read_question
 from bindllm.serving.api.schema import ChatBody, EmbeddingsBody, ErrorBody, ResponsesBody
@@ -72,7 +74,7 @@ class Endpoints:
 
     def router(self) -> APIRouter:
         """Return the routes."""
-        router = APIRouter(responses=_ERRORS)
+        router = APIRouter(route_class=_Route, responses=_ERRORS)
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/responses", self.responses, methods=["POST"])
         router.add_api_route("/v1/embeddings", self.embeddings, methods=["POST"])
@@ -164,7 +166,7 @@ class Endpoints:
         stream: Callable[..., AsyncIterator[bytes]] | None,
     ) -> Response:
         """Submit a question, and return its answer as an object or as a stream."""
-        answers = Answers(self._engine, question.request, question.choices, self.metrics)
+        answers = Answers(self._engine, question, self.metrics)
         neighbors = partial(self._neighbors, question, request.state.allowance)
         if stream is None:
             # Leaving the block frees the slots, also if the client has left.
@@ -197,6 +199,24 @@ class Endpoints:
             "embedding_size": model.encoders[0].embedding_size,
             "has_cache": model.cache is not None,
         }
+
+
+class _Route(APIRoute):
+    """A route whose body has no key twice: Python would take the last one, and programs in front the first."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        """Override."""
+        handler = super().get_route_handler()
+
+        async def checked(request: HttpRequest) -> Response:
+            return await handler(_StrictRequest(request.scope, request.receive))
+
+        return checked
+
+
+class _StrictRequest(HttpRequest):
+    async def json(self) -> Any:
+        return json.loads(await self.body(), object_pairs_hook=unique_keys)
 
 
 class _Workers:

@@ -99,6 +99,7 @@ class SlotCache(Cache):
             chosen: index of the prompt of each new row; several rows may have the same one.
             most: tokens that the longest row, old or new, will have at most.
         """
+        # How to read this: rows are added below, and all of them end before column `end`, where the next step writes.
         first, width = len(self.lengths), max(lengths)
         rows = first + len(lengths)
         if rows > self._num_rows or width > self.end:
@@ -147,6 +148,7 @@ class SlotCache(Cache):
 
     def _move(self, rows: int, end: int, most: int) -> None:
         """Move the content to new buffers: so many rows, and its last column before column ``end``."""
+        # Some spare columns, and never more than the longest answer can need.
         self._num_rows, self._num_columns = rows, min(max(most, end + 1), end + SPARE_COLUMNS)
         old, start = slice(self.start, self.end), end - self.width
         for layer in self.layers:
@@ -277,6 +279,7 @@ class Batch:
             "past_key_values": slots,
             "use_cache": True,
         }
+        # Without padding no mask is needed, as in `read`.
         if min(slots.lengths) < slots.width:
             inputs["attention_mask"] = _mask(
                 [length + 1 for length in slots.lengths], slots.width + 1, device

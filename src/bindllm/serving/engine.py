@@ -27,10 +27,19 @@ from bindllm.errors import DecoderError, EngineBusy, EngineClosed, InputError
 from bindllm.media import Media
 from bindllm.media.limits import MediaLimits, limited
 from bindllm.model.bindllm import BindLLM
-from bindllm.model.generation.constraint import Grammars
+from bindllm.model.generation.constraint import Constraint, Grammars
 from bindllm.serving.batch import Batch, ReadPrompts
 from bindllm.serving.config import PREFILL_TOKENS, QUEUE, SLOTS, TOKENS
-from bindllm.serving.request import Piece, Prompt, Request, Row, Ticket, TokenLogprob, make_input
+from bindllm.serving.request import (
+    Piece,
+    Prompt,
+    Request,
+    Row,
+    SettingError,
+    Ticket,
+    TokenLogprob,
+    make_input,
+)
 from bindllm.serving.sampling import choose_tokens
 
 PREPARE_THREADS = 4
@@ -214,8 +223,7 @@ class Engine:
                 prompt.is_taken = True
         if prompt:
             try:
-                if prompt.request.grammar is not None:
-                    prompt.constraint = self._grammars.compile(prompt.request.grammar)
+                prompt.constraint = self._compile(prompt.request.grammar)
                 with limited(self.limits):
                     # Last, since the engine's thread takes a prompt as soon as it has its input.
                     prompt.input = make_input(self.model, prompt.request, self.recent, self._tokens)
@@ -224,6 +232,12 @@ class Engine:
         # Also without an input: the engine's thread takes failed and cancelled requests out of the queue.
         with self._changed:
             self._changed.notify_all()
+
+    def _compile(self, grammar: str | None) -> Constraint | None:
+        try:
+            return None if grammar is None else self._grammars.compile(grammar)
+        except InputError as error:
+            raise SettingError("grammar", str(error)) from error
 
     # In the engine's thread.
 
@@ -346,7 +360,7 @@ class Engine:
         self.counters.answer_tokens += len(rows)
         ended = []
         for n, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            error = row.sampling.error
+            error = SettingError("grammar", reason) if (reason := row.sampling.error) else None
             if not math.isfinite(values[n]):
                 error = DecoderError(
                     "the decoder's output is not finite; a larger dtype may help (bfloat16, float32)"

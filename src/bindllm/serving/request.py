@@ -28,6 +28,19 @@ if TYPE_CHECKING:
     from bindllm.serving.batch import ReadPrompts
 
 
+class SettingError(InputError):
+    """A setting of a request that cannot be used.
+
+    Args:
+        field: of `Request`.
+        message: names the value, the expected values, and the next step.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 @dataclass(frozen=True)
 class Request:
     """A conversation to answer.
@@ -82,6 +95,7 @@ class Request:
 
     def choice(self, number: int) -> Request:
         """Return the request of one of several choices: the same with a seed of its own, ``seed + number``."""
+        # Without a seed, each choice draws one by itself.
         return self if self.seed is None else replace(self, seed=self.seed + number)
 
     def sampling(self, constraint: Constraint | None) -> Sampling:
@@ -162,15 +176,18 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         InputError: the prompt is too long, or the conversation cannot be rendered.
         MediaError: a media cannot be read.
     """
+    # Here and not with the other settings: only the decoder knows its tokens.
     num_tokens = model.decoder.get_input_embeddings().num_embeddings
     if beyond := [token for token in request.logit_bias if not 0 <= token < num_tokens]:
-        raise InputError(
-            f"logit_bias names token {beyond[0]}; the decoder has the tokens 0 to {num_tokens - 1:,}"
+        raise SettingError(
+            "logit_bias",
+            f"logit_bias names token {beyond[0]}; the decoder has the tokens 0 to {num_tokens - 1:,}",
         )
     options = {"max_new_tokens": request.max_tokens or MAX_NEW_TOKENS}
     given = (request.conversation, None, request.cache, request.shots or None)
     ids, _, media_index, embeddings, encoder_tokens = model.prepare(*given, recent=recent, **options)
     width, device = ids.shape[1], model.device
+    # Such a request would wait forever for room in the key/value cache.
     if width >= tokens:
         raise InputError(
             f"the prompt has {width:,} tokens, and the engine holds {tokens:,} of all prompts and answers: shorten the "
@@ -182,13 +199,16 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
         # No token refers to it, but all rows of a batch need the same tensors.
         embeddings = torch.zeros(1, 1, model.bind.projection.in_features)
     embeddings = embeddings.to(device)
+    # Once for the whole answer: the steps need the bind vectors, and no longer the embeddings.
     bind = model.bind(embeddings, None if encoder_tokens is None else encoder_tokens.to(device))[0]
     if bind.dim() == 3 and not model.bind.takes_all:
         # A group without tokens of its encoder has one bind token; rows of zeros are no tokens.
         bind = pad(bind, (0, 0, 0, model.bind.num_tokens - bind.shape[1]))
     context = read_records(model, embeddings, **records)
+    # As above: rows with records may join the batch later.
     if context is None and model.context is not None:
         context = bind.new_zeros(1, len(bind), 1, bind.shape[-1])
+    # An answer that asks for more than fits ends at the limit, with the reason `length`.
     most = min(tokens, width + options["max_new_tokens"])
     return RowInput(ids[0], media_index[0], bind, None if context is None else context[0], most)
 
@@ -230,6 +250,7 @@ class Ticket:
     def __init__(self, request: Request, prompt: Prompt, listener: Callable[[Piece], None]) -> None:
         self.request, self.prompt, self.listener = request, prompt, listener
         self.is_cancelled = self.is_over = False
+        # From here on, since waiting for a slot counts too. The monotonic clock cannot be set back.
         self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
 
     @property
@@ -264,6 +285,7 @@ class Row:
     def __init__(self, ticket: Ticket, model: BindLLM) -> None:
         self.ticket, self.last_token = ticket, 0
         self.text = AnswerText(model.tokenizer, ticket.request.stop)
+        # Compiled once for all choices, each of which follows its own copy.
         constraint = ticket.prompt.constraint
         self.sampling = ticket.request.sampling(None if constraint is None else constraint.copy())
         self.num_left = ticket.prompt.input.most - ticket.prompt_tokens
@@ -271,6 +293,7 @@ class Row:
 
     def take(self, text: str, **last: object) -> Piece:
         """Return the piece of a text, with all tokens since the piece before."""
+        # Tokens whose text is not certain yet wait here, so no token is counted twice or lost.
         piece = Piece(text, self.num_tokens, tuple(self.logprobs), **last)
         self.num_tokens, self.logprobs = 0, []
         return piece

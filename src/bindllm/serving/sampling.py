@@ -60,11 +60,11 @@ class Sampling:
         return cls(temperature, top_p, generator, **further)
 
     @property
-    def error(self) -> InputError | None:
-        """Why no token can follow, or None."""
+    def error(self) -> str:
+        """Why no token can follow; empty if one can."""
         if self.constraint is None or not self.constraint.error:
-            return None
-        return InputError(f"the answer cannot follow its schema any further: {self.constraint.error}")
+            return ""
+        return f"the answer cannot follow its schema any further: {self.constraint.error}"
 
     @property
     def is_complete(self) -> bool:

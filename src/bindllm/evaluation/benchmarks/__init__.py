@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bindllm.errors import InputError, did_you_mean
-from bindllm.evaluation.benchmarks import captions, choice, vqa, yes_no
+from bindllm.evaluation.benchmarks import captions, choice, pairs, shots, vqa, yes_no
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, right_or_wrong
 from bindllm.evaluation.layouts import LAYOUTS
 
 __all__ = ["BENCHMARKS", "Benchmark", "Entry", "Item", "find_benchmark", "right_or_wrong"]
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for family in (yes_no, vqa, choice, captions) for benchmark in family.BENCHMARKS
+    benchmark.name: benchmark
+    for family in (yes_no, vqa, choice, captions, shots, pairs)
+    for benchmark in family.BENCHMARKS
 }
 """All benchmarks by name."""
 

@@ -43,6 +43,7 @@ class Entry:
         shots: records of worked examples before the question.
         facts: further values for the parser or the metric.
         problem: why it cannot be asked; empty: it can.
+        row: the conversation, if the reader makes it itself instead of a record.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Entry:
     shots: Sequence[Record] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    row: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Item:
     @property
     def letter(self) -> str | None:
         """Letter of the right option of a multiple choice."""
-        return option_letter(self.references[0], self.row.options) if self.row.options else None
+        # The options of an episode are its names, and have no letters.
+        has_letters = self.row.options and self.row.task != "episode"
+        return option_letter(self.references[0], self.row.options) if has_letters else None
 
     @property
     def target(self) -> str | list[str]:
@@ -200,7 +204,7 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
         raise InputError(f"{folder} does not exist; give the folder with the files of {benchmark.name}")
     seen: Counter[str] = Counter()
     entries = []
-    for entry in benchmark.read(folder):
+    for entry in _entries(benchmark, folder):
         seen[entry.id] += 1
         # Kept, because published files repeat ids of different questions; counted, because results name them.
         name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
@@ -231,6 +235,22 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
 _NO_ROW: Any = None
 
 
+def _entries(benchmark: Benchmark, folder: Path) -> Iterator[Entry]:
+    """Yield the entries of a folder; a file of the right name may still have other content."""
+    last = "the first question"
+    try:
+        for entry in benchmark.read(folder):
+            yield entry
+            last = f"the question after {entry.id}"
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: {last} of {benchmark.name} has another form than in the published files ({error!r}); compare "
+            "the file with docs/benchmarks.md"
+        ) from error
+
+
 def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:
     def row(record: Record) -> Row:
         if record.get(config.modality, "") is None:
@@ -239,7 +259,7 @@ def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:
 
     if entry.problem:
         raise InputError(entry.problem)
-    made = row(entry.record)
+    made = row(entry.record) if entry.row is None else entry.row
     shots = [row(record).conversation.messages for record in entry.shots]
     examples = [Shot(question.text, answer.text, question.media) for question, answer in shots]
     made = replace(made, conversation=add_shots(made.conversation, examples))

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from bindllm.evaluation.ngrams import ORDERS, corpus_bleu
+
 Line = dict[str, Any]
 Sums = dict[str, np.ndarray]
 """Sums by name, one value for each resample: [R]. A missing name is 0."""
@@ -138,20 +140,27 @@ def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def _captions(sums: Sums) -> Sums:
-    lengths = ratio(sums["length"], sums["closest"])
-    # Papineni et al. 2002: short texts are penalized.
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        brevity = np.where(lengths < 1, np.exp(1 - 1 / lengths), 1.0)
-        logs = np.cumsum(
-            [np.log(ratio(sums[f"matches{n}"], sums[f"ngrams{n}"])) for n in range(1, 5)], axis=0
-        )
-    bleu = {f"bleu{n}": np.nan_to_num(brevity * np.exp(logs[n - 1] / n)) for n in range(1, 5)}
     means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
-    return {**means, **bleu}
+    return {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
 
 
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
 """CIDEr-D (0..10), ROUGE-L and corpus BLEU (0..1), see `bindllm.evaluation.ngrams`."""
+
+
+def _pair_sums(lines: Sequence[Line]) -> dict[str, float]:
+    # An answer that could not be parsed differs from all others.
+    answers = {line["parsed"] or f"{line['id']} {line['answer']}" for line in lines}
+    is_same = len({str(line["target"]) for line in lines}) == 1
+    return {**_accuracy_sums(lines), "pairs": is_same, "flips": is_same and len(answers) > 1}
+
+
+def _pairs(sums: Sums) -> Sums:
+    return {**_accuracy(sums), "flip_rate": ratio(sums["flips"], sums["pairs"])}
+
+
+PAIRS = Metric("pairs", "accuracy", _pair_sums, _pairs)
+"""Accuracy, and the share of pairs with one true answer in which the answer of the model changes."""
 
 SCORE = Metric(
     "score",
@@ -161,4 +170,4 @@ SCORE = Metric(
 )
 """Mean score, for evaluations whose metric is not known here."""
 
-METRICS = {metric.name: metric for metric in (ACCURACY, YES_NO, MME, CIRCULAR, CAPTIONS, SCORE)}
+METRICS = {metric.name: metric for metric in (ACCURACY, YES_NO, MME, CIRCULAR, CAPTIONS, PAIRS, SCORE)}

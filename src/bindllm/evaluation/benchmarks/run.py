@@ -8,8 +8,8 @@ nothing and have all questions.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bindllm import __version__
@@ -47,7 +46,9 @@ from bindllm.evaluation.task import (
 )
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.context.records import RecordReader
+from bindllm.model.decoder import num_positions
 from bindllm.parallel import RunContext
 
 CONTROL_SHARE = 4
@@ -144,7 +145,7 @@ def evaluate(
     for modality in dict.fromkeys(media.modality for item in found.items for media in item.row.media):
         # Before the first item, not in the middle of an evaluation.
         encoder_for(modality, model.encoders)
-    fingerprint = fingerprint_model(model)
+    fingerprint = fingerprint_checkpoint(model.describe(), model.trainable_state())
     folder = EvaluationFolder(Path(output or Path("runs/eval", fingerprint[:12], benchmark.name)))
     facts = {
         "format": FORMAT,
@@ -163,15 +164,6 @@ def evaluate(
         run = _Run(model, benchmark, chosen, found.items, root, known, folder)
         lines = run.measure(found, lookup, progress)
         return folder.finish({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
-
-
-def fingerprint_model(model: BindLLM) -> str:
-    """Return the hash of a model: its configs, the fingerprints of decoder and encoders, and its trained tensors."""
-    digest = hashlib.sha256(json.dumps(model.describe(), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.trainable_state().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool) -> Lookup:
@@ -245,9 +237,13 @@ class _Run:
         """Return the tokens of the items; those that do not fit into the decoder are dropped and counted."""
         made, failed = {}, {}
         tokenizer = self.model.tokenizer
+        positions, room = num_positions(self.model.decoder.config), self.settings.max_new_tokens or 1
         for item in found.items:
             try:
-                made[item.id] = make_sample(item.row, tokenizer, tokenizer.model_max_length)
+                # Never cut: a question without its end is another question.
+                sample = made[item.id] = make_sample(item.row, tokenizer, sys.maxsize)
+                if positions is not None and sample.prompt_length + room > positions:
+                    raise InputError(f"a prompt longer than the {positions:,} positions of the decoder")
             except InputError as error:
                 failed[item.id] = str(error)
         found.drop(failed)

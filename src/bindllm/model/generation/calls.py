@@ -93,17 +93,27 @@ class CallForm:
         keys = tuple(value) if has_name_first else tuple(value)[::-1]
         return cls(text[:first], between if repeats else "", text[stop:], keys, pieces, has_name_first)
 
-    def grammar(self, functions: Sequence[Mapping[str, Any]], *, several: bool, required: bool) -> str:
+    def grammar(
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        *,
+        several: bool,
+        required: bool,
+        most: int | None = None,
+    ) -> str:
         """Return the grammar of an answer that may or must call some functions.
 
         Args:
             functions: those that may be called.
             several: whether it may have several calls, if the template can write them.
             required: whether it is a call; else it is any text, up to the mark of a call, if there is one.
+            most: largest number of calls, without line breaks inside: a small model may repeat calls and white space
+                until its answer is cut. None: any number, in the usual layouts.
         """
         mark, rules, heads = self.start.strip(), [], []
         # Without a mark, only the first keys of the object show that an answer will be a call.
         has_heads = not required and not mark
+        layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
             schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
             (before, middle, end), name = self.pieces, function["name"]
@@ -112,8 +122,9 @@ class CallForm:
             )
             heads.append(_spaced(start))
             start = f"/{heads[-1]}/" if has_heads else _literal(start)
-            rules.append(f"call{number}: {start} {json_rule(schema)} {_literal(end)}")
-        again = f"({_literal(self.between)} call)*" if several and self.between else ""
+            rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
+        times = "*" if most is None else f"{{0,{most - 1}}}"
+        again = f"({_literal(self.between)} call){times}" if several and most != 1 and self.between else ""
         calls = f"call {again} {_literal(self.end.rstrip())}"
         names = " | ".join(f"call{number}" for number in range(len(functions)))
         if required:

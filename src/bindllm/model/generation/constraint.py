@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-# A small model may write spaces until its answer is cut, so only those of the usual layouts are allowed. The other
-# options let parts of a schema be ignored; a schema cannot set them, since these come last.
+# A small model may write spaces until its answer is cut, so only those of the usual layouts are allowed.
+_SPACE = r"( |\n[ \t]{0,24})"
+# These would let parts of a schema be ignored; a schema cannot set them, since they come last.
 _OPTIONS = {
-    "whitespace_pattern": r"( |\n[ \t]{0,24})",
     "lenient": False,
     "coerce_one_of": False,
 }
@@ -35,9 +35,9 @@ MOST_CHARACTERS = 65_536
 _MOST_SHOWN = 300
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """Return the part of a grammar that is a JSON value of a schema."""
-    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+def json_rule(schema: Mapping[str, Any], *, space: str = _SPACE) -> str:
+    """Return the part of a grammar that is a JSON value of a schema, with white space by a regular expression."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": space, **_OPTIONS}})
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

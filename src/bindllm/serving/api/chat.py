@@ -41,6 +41,7 @@ def chat_fields(body: ChatBody) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": {int(token): value for token, value in (body.logit_bias or {}).items()},
+        "grammar_field": "response_format",
         "grammar": answer_grammar(form, form.get("json_schema"), "response_format"),
         # One of them is missing, or they are equal.
         "max_tokens": body.max_completion_tokens or body.max_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -146,6 +147,20 @@ def draining_error() -> ApiError:
 def dump(value: Any) -> bytes:
     """Return a value as JSON; half of a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, for ``object_pairs_hook``.
+
+    Raises:
+        ApiError: a key occurs twice, and one of its values would be lost.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        message = f"the key {shown(key)} occurs more than once in one object of the body; give it once"
+        raise ApiError(400, message, param=key if _FIELD.fullmatch(key) else None)
+    return found
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

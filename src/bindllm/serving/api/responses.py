@@ -87,6 +87,7 @@ def response_fields(body: ResponsesBody) -> dict[str, Any]:
         "messages": messages,
         "max_tokens": body.max_output_tokens,
         "logprobs": (body.top_logprobs or 0) if wanted else None,
+        "grammar_field": "text",
         "grammar": answer_grammar(form, form, "text.format"),
     }
 

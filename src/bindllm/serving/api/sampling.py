@@ -23,7 +23,7 @@ from bindllm.serving.api.schema import ChatBody, ResponsesBody, SampledBody
 from bindllm.serving.api.tools import CallReader, Tools, read_tools
 from bindllm.serving.config import ServeConfig
 from bindllm.serving.engine import Engine
-from bindllm.serving.request import Request
+from bindllm.serving.request import Request, SettingError
 from bindllm.shots import add_shots, fit_shots
 
 THUMBNAIL = 96
@@ -39,6 +39,7 @@ class Question:
         request: to the engine.
         choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
+        grammar_field: field of the body that sets the grammar of the answer, for errors.
         tools: that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
         created: time of the request, in seconds since 1970.
@@ -48,6 +49,7 @@ class Question:
     request: Request
     choices: int
     wants_neighbors: bool
+    grammar_field: str
     tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -55,6 +57,13 @@ class Question:
     def reader(self) -> CallReader | None:
         """Return a reader of the calls of one choice; None: the answer is only text."""
         return None if self.tools is None else CallReader(self.tools)
+
+    def named(self, error: Exception) -> Exception:
+        """Return an error of the engine; one about a setting names the field of the body."""
+        if not isinstance(error, SettingError):
+            return error
+        field = self.grammar_field if error.field == "grammar" else error.field
+        return ApiError(400, str(error), param=field)
 
 
 def read_question(
@@ -65,6 +74,7 @@ def read_question(
     messages: Sequence[Mapping[str, Any]],
     max_tokens: int | None,
     logprobs: int | None,
+    grammar_field: str,
     choices: int = 1,
     names: Sequence[str] | None = None,
     **settings: Any,
@@ -78,6 +88,7 @@ def read_question(
         messages: the conversation.
         max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
+        grammar_field: where the format of the answer is in the body.
         choices: number of answers.
         names: where each message is in the body, as for `ContentReader.conversation`.
         settings: further fields of the request.
@@ -86,6 +97,7 @@ def read_question(
         ApiError: a field that cannot be used.
         InputError: content that cannot be used.
     """
+    # First all that needs no media: a request that is refused anyway costs no decoding and no download.
     check_model(body.model, config)
     body.refuse_unsupported()
     if choices > config.max_choices:
@@ -94,30 +106,37 @@ def read_question(
         )
     tools = read_tools(body, model.tokenizer, has_format=settings.get("grammar") is not None)
     if tools is not None:
-        settings["grammar"] = tools.grammar
+        settings["grammar"], grammar_field = tools.grammar, "tools"
+    # One reader for messages and shots, since its limits hold for the whole request.
     reader = ContentReader(model.encoders, config, most_media=config.max_media)
     conversation = reader.conversation(messages, names, () if tools is None else tools.tools)
     conversation = _with_shots(conversation, body, reader, model, max_tokens)
-    # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
-    samples = body.top_p is not None or choices > 1
-    temperature = body.temperature if body.temperature is not None else float(samples)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request = Request(
         conversation,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        stop=tuple(stop),
         logprobs=logprobs,
         cache=choose_cache(body.cache, model),
-        seed=body.seed,
+        **_sampling(body, choices),
         **settings,
     )
-    return Question(config.model, request, choices, bool(body.neighbors), tools)
+    return Question(config.model, request, choices, bool(body.neighbors), grammar_field, tools)
+
+
+def _sampling(body: SampledBody, choices: int) -> dict[str, Any]:
+    """Return the settings that choose the tokens."""
+    # As for `BindLLM.generate`: greedy, unless a field asks for sampling. Several greedy choices would be equal.
+    samples = body.top_p is not None or choices > 1
+    return {
+        "temperature": body.temperature if body.temperature is not None else float(samples),
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "seed": body.seed,
+        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+    }
 
 
 def check_model(name: str | None, config: ServeConfig) -> None:
     """Raise an ApiError with status 404 if a request names another model."""
+    # Not answered by this model under another name: a client might compare the two.
     if name and name != config.model:
         raise ApiError(
             404,
@@ -133,6 +152,7 @@ def find_neighbors(engine: Engine, request: Request) -> list[list[dict[str, Any]
     Returns:
         for each image its similarity, its name, and a thumbnail as a data URI (null if its file cannot be read).
     """
+    # None means the cache of the model, and False none, as in `BindLLM.generate`.
     cache = engine.model.cache if request.cache is None else request.cache
     groups = request.conversation.media_groups
     if not cache or not groups:
@@ -141,6 +161,7 @@ def find_neighbors(engine: Engine, request: Request) -> list[list[dict[str, Any]
     embeddings = engine.encode(groups, cache=False)
     found: list[list[dict[str, Any]]] = []
     for group, embedding in zip(groups, embeddings, strict=True):
+        # A group that the cache skips has an empty list, so that the lists stay those of the messages.
         skipped = {item.modality for item in group} & set(cache.settings.skip)
         images = [] if skipped else nearest_images(cache, embedding[None])
         found.append([_neighbor(similarity, name) for similarity, name in images])

@@ -33,6 +33,7 @@ Positive = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+# OpenAI's own limit. Such a name needs no escape in a template or a grammar.
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
@@ -135,6 +136,7 @@ def shown_json(value: Any) -> str:
 
 def check_depth(value: Any, field: str) -> None:
     """Raise an ApiError if lists and objects are nested deeper than programs that read them can follow."""
+    # Level by level: a function that calls itself would reach Python's own limit first.
     level = [value]
     for _ in range(MOST_DEPTH):
         inner = [
@@ -160,6 +162,7 @@ def answer_grammar(given: dict[str, Any], schema: Any, field: str) -> str | None
     match given.get("type"):
         case "text":
             return None
+        # No schema, but more than "any text": clients parse the answer.
         case "json_object":
             return json_grammar({"type": "object"})
         case "json_schema" if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
@@ -336,6 +339,7 @@ class EmbeddingsBody(Body):
     input: str | list[Any] = Field(
         description="a text, or a list of texts and content parts; a list of parts is fused into one embedding"
     )
+    # Checked by the endpoint, whose error lists the formats.
     encoding_format: str | None = None
     dimensions: Positive | None = None
 

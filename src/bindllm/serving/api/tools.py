@@ -36,6 +36,7 @@ class Tools:
     def grammar(self) -> str:
         """The grammar of the answer."""
         functions = [tool["function"] for tool in self.tools]
+        # The prompt lists all tools, as the template was trained, also if only one of them may be called.
         chosen = [function for function in functions if function["name"] in self.required]
         return self.form.grammar(chosen or functions, several=self.several, required=bool(chosen))
 
@@ -55,6 +56,7 @@ def read_tools(
     """
     tools, named, choice = tuple(body.functions), body.named, body.tool_choice or "auto"
     names = tuple(tool["function"]["name"] for tool in tools)
+    # A call has only the name, so no one could say which of them was called.
     if len({*names}) < len(names):
         raise ApiError(400, "two tools have one name", param="tools")
     required = tuple(name for name in names if choice == "required" or name == named)
@@ -72,8 +74,10 @@ def read_tools(
             "tools and response_format (text.format) would both set the form of the answer; give one",
             param="tools",
         )
+    # The chat template writes them recursively, and so does the grammar.
     for tool in tools:
         check_depth(tool, "tools")
+    # A choice that names a function asks for one call of it.
     several = body.parallel_tool_calls is not False and named is None
     if (form := CallForm.of(tokenizer)) is None:
         raise ApiError(
@@ -107,6 +111,7 @@ def tool_message(message: Mapping[str, Any], before: Sequence[Message]) -> Messa
         given = message["tool_calls"]
         calls = [_read_call(call) for call in (given if isinstance(given, list) else [given])]
         return Message("assistant", _text(content or ""), {"tool_calls": calls})
+    # Templates write the name of the function next to its result, and a request has it only in the call.
     known = {c["id"]: c["function"]["name"] for m in before for c in m.fields.get("tool_calls", ())}
     call = message.get("tool_call_id")
     if not isinstance(call, str) or call not in known:
@@ -167,6 +172,7 @@ class CallReader:
         calls, at = [], 0
         while self._several or not calls:
             call = self._form.read(self._held, at)
+            # In a form without marks, an answer may be a JSON object and no call of a tool.
             if call is None or call.name not in self._names:
                 break
             calls.append(call)
@@ -203,6 +209,7 @@ def _read_call(call: Any) -> dict[str, Any]:
     match call:
         case {"id": str() as name_of_call, "function": {"name": str() as name, "arguments": str() as text}}:
             try:
+                # Some clients send an empty text for a function without parameters.
                 arguments = STRICT_JSON.decode(text or "{}")
             except (ValueError, RecursionError):
                 arguments = None

@@ -1,0 +1,129 @@
+"""Learning from examples in the prompt: VL-ICL (arXiv 2403.13164) and ISEKAI (arXiv 2308.07891).
+
+Each question is asked with several numbers of shots, which are groups. Images of one turn are fused into one embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from bindllm.atomic import read_json
+from bindllm.data.source_config import EpisodeConfig, SourceConfig
+from bindllm.data.sources import read_source
+from bindllm.errors import InputError
+from bindllm.evaluation.benchmarks import parsers
+from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, right_or_wrong
+from bindllm.evaluation.benchmarks.metrics import ACCURACY
+from bindllm.evaluation.episodes import is_published_right
+from bindllm.evaluation.layouts.dataset import Files
+
+_SHOTS = (0, 1, 2, 4)
+_WITH_NUMBERS = ("operator_induction", "operator_induction_interleaved", "clevr")
+_TASKS = (*_WITH_NUMBERS, "textocr", "open_mi", "matching_mi")
+_OPERATORS = ("+", "-", "x")
+_ISEKAI = ("ISEKAI-10", "ISEKAI-pair")
+
+
+def read_vl_icl(folder: Path) -> Iterator[Entry]:
+    """Read ``<task>/query.json`` and ``<task>/support.json`` of the tasks that are answered by text.
+
+    Shots are drawn for each question with a fixed seed, so that an evaluation of a part asks the same.
+    """
+    tasks = [task for task in _TASKS if (folder / task / "query.json").is_file()]
+    if not tasks:
+        raise InputError(
+            f"{folder} has no query.json of a task of VL-ICL, such as {folder / _TASKS[0] / 'query.json'}"
+        )
+    files = Files(folder, "image")
+    for task in tasks:
+        queries, support = (
+            read_json(folder / task / f"{name}.json", InputError, "unpack the benchmark again")
+            for name in ("query", "support")
+        )
+        for number, query in enumerate(queries):
+            for count in _SHOTS:
+                name = f"{task}/{number}/{count} shots"
+                rows = _shots(task, query, support, count, Random(f"0/{name}"))
+                asked, *examples = [_record(row, folder, task, files) for row in (query, *rows)]
+                groups = {"task": task, "shots": str(count)}
+                yield Entry(name, asked, groups, shots=examples)
+
+
+def _shots(
+    task: str, query: Mapping[str, Any], support: Sequence[Mapping[str, Any]], count: int, rng: Random
+) -> list[Mapping[str, Any]]:
+    """Return the worked examples of a question; in two tasks, ``count`` of each of two kinds."""
+    if task == "open_mi":
+        other = rng.choice([name for name in query["classes"] if name != query["answer"]])
+        pair = rng.sample([query["answer"], other], 2)
+        return [
+            {"image": query["support"][name]["images"][n], "question": "This is a", "answer": name}
+            for n in range(count)
+            for name in pair
+        ]
+    drawn = rng.sample(list(support), min(count, len(support)))
+    if task == "matching_mi":
+        return [row[kind] for row in drawn for kind in ("same", "diff")]
+    if "operator" in query:
+        # Of the results of all operators, the one of the question's operator.
+        return [{**row, "answer": row["answer"][_OPERATORS.index(query["operator"])]} for row in drawn]
+    return drawn
+
+
+def _record(row: Mapping[str, Any], folder: Path, task: str, files: Files) -> dict[str, Any]:
+    names = [row["image"]] if isinstance(row["image"], str) else list(row["image"])
+    found = [files.find(name, "", task) for name in names]
+    image = None if None in found else found
+    return {"image": image, "question": row.get("question") or "This is a", "answer": row["answer"]}
+
+
+def parse_vl_icl(text: str, item: Item) -> str | None:
+    """Return the text up to a line break or a period, its first integer, or its yes or no, by the task."""
+    task = item.groups["task"]
+    if task == "matching_mi":
+        return parsers.yes_no(text, item)
+    return (parsers.integer if task in _WITH_NUMBERS else parsers.up_to_period)(text, item)
+
+
+def read_isekai(folder: Path) -> Iterator[Entry]:
+    """Read ``ISEKAI-10.json`` and ``ISEKAI-pair.json``, with the images next to them or in folders called like them."""
+    lists = [name for name in _ISEKAI if (folder / f"{name}.json").is_file()]
+    if not lists:
+        raise InputError(f"{folder} has no {_ISEKAI[0]}.json and no {_ISEKAI[1]}.json")
+    for name in lists:
+        media = folder / name
+        config = SourceConfig(
+            str(folder / f"{name}.json"),
+            media=str(media if media.is_dir() else folder),
+            prompt="What is in the image?",
+            episodes=EpisodeConfig(layout="isekai", names="true", test_shots=[1, 2, 4, 8]),
+        )
+        rows, report = read_source(config)
+        for row in rows["test"]:
+            yield Entry(f"{name}/{row.name}", {}, {"list": name, "shots": row.subset}, row=row)
+        for reason, count in report.skipped.counts.items():
+            yield from (Entry(f"{name}/{reason} {n}", {}, problem=reason) for n in range(count))
+
+
+BENCHMARKS = (
+    Benchmark(
+        "vl_icl",
+        "VL-ICL, tasks with text answers (https://arxiv.org/abs/2403.13164)",
+        read_vl_icl,
+        {"vl_icl": parse_vl_icl},
+        ACCURACY,
+        right_or_wrong(lambda item, parsed: parsed.lower() == item.references[0].lower()),
+    ),
+    Benchmark(
+        "isekai",
+        "ISEKAI, two classes (https://arxiv.org/abs/2308.07891)",
+        read_isekai,
+        {"whole": parsers.whole, "first_line": parsers.first_line},
+        ACCURACY,
+        right_or_wrong(lambda item, parsed: is_published_right(parsed, item.references[0], item.row.options)),
+        notes=("an answer is right if it has the name in lower case, and no other name of the episode",),
+    ),
+)
