@@ -74,6 +74,14 @@ class InjectConfig:
         check_choice("injection kind", self.kind, KINDS)
 
 
+def _check_reads_context(config: InjectConfig) -> None:
+    if config.kind == "residual":
+        raise InputError(
+            "inject.kind residual adds one vector for each media group, and context tokens are read by attention: "
+            "set inject.kind: attend, cross or value, or leave out context"
+        )
+
+
 def check_kind(config: InjectConfig, num_tokens: int | str) -> None:
     """Raise an `InputError` if this kind of injection takes one bind token only."""
     if config.kind not in TOKEN_KINDS:
@@ -104,7 +112,7 @@ class Injection(nn.Module):
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
         context_width: of the context tokens that the model reads through gates of their own, not with kind
-            ``residual``; ``D``, or with kind ``cross`` more: what is behind the first ``D`` is for keys only. None: no
+            ``residual``; ``D``, or with kind ``cross`` more: the rest behind the first ``D`` is for keys only. None: no
             context.
 
     Raises:
@@ -127,11 +135,8 @@ class Injection(nn.Module):
     ) -> None:
         super().__init__()
         self.context_width, has_context = context_width, context_width is not None
-        if has_context and config.kind == "residual":
-            raise InputError(
-                "inject.kind residual adds one vector for each media group, and context tokens are read by attention: "
-                "set inject.kind: attend, cross or value, or leave out context"
-            )
+        if has_context:
+            _check_reads_context(config)
         self.kind = config.kind
         core = decoder.get_decoder()
         hooks = decoder._forward_pre_hooks.values()

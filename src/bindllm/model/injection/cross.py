@@ -32,7 +32,7 @@ class CrossReader(nn.Module):
     Args:
         num_layers: ``L``.
         width: ``D``.
-        key_width: ``K``, of the tokens that are read; what is behind their first ``D`` entries is for keys only.
+        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only.
 
     Attributes:
         query: query projections, zeros at the start, so that each bind token counts the same, [L, R, D, d].
