@@ -324,6 +324,18 @@ def test_prompts_that_do_not_fit_are_counted(measure, folder):
     assert any("longer than the 512 positions of the decoder" in reason for reason in done.facts["skipped"])
 
 
+def test_rows_of_another_form_are_an_error_that_names_their_place(folder):
+    table = folder / "output/coco/coco_pope_popular.json"
+    rows = [json.loads(row) for row in table.read_text().splitlines()]
+    table.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": "What?"}) + "\n")
+    with pytest.raises(InputError, match="coco_pope_popular.json: 1 x no column 'question_id'"):
+        read_items(BENCHMARKS["pope"], folder, prompt="{question}")
+    gqa_questions = {"1": {"question": "What?", "answer": "x", "imageId": "7"}, "2": {"question": "What?"}}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(gqa_questions))
+    with pytest.raises(InputError, match=r"the question after 1 of gqa has another form .*imageId"):
+        read_items(BENCHMARKS["gqa"], folder, prompt="{question}")
+
+
 def test_a_full_disk_is_an_error_and_keeps_the_answers(checkpoint, monkeypatch, capsys):
     append, calls = EvaluationFolder.append, []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,8 +19,9 @@ import torch
 
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
-from bindllm.errors import InputError, needs_extra
+from bindllm.errors import InputError
 from bindllm.evaluation.answering import input_digests
+from bindllm.evaluation.ngrams import Cider, bleu_sums, corpus_bleu
 from bindllm.evaluation.task import (
     MODEL,
     NEAREST_CAPTION,
@@ -31,6 +33,7 @@ from bindllm.evaluation.task import (
     media_name,
     media_of,
 )
+from bindllm.objectives.rewards import f_measure, longest_common
 
 METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
 _CHUNK = 1024
@@ -211,7 +214,6 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
 
     Raises:
         InputError: no predictions, a different number of references, or an image without a reference.
-        MissingExtraError: torchmetrics or pycocoevalcap is not installed.
 
     Examples:
         >>> caption_metrics(["a cat", "a tree"], [["a cat"], ["a bush", "some tree"]])["exact_match"]
@@ -219,12 +221,19 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     """
     _check(predictions, references)
     # All four metrics get the same words.
-    generated = [" ".join(caption_words(text)) for text in predictions]
-    true = [[" ".join(caption_words(text)) for text in texts] for texts in references]
+    generated = [caption_words(text) for text in predictions]
+    true = [[caption_words(text) for text in texts] for texts in references]
+    pairs, weights = list(zip(generated, true, strict=True)), Cider(true)
+    sums = sum((Counter(bleu_sums(*pair)) for pair in pairs), Counter())
+    closest = [
+        max(f_measure(words, other, longest_common(words, other)) for other in texts)
+        for words, texts in pairs
+    ]
     matches = [same_caption(text, texts) for text, texts in zip(predictions, references, strict=True)]
     return {
-        "cider": _cider(generated, true),
-        **_bleu_and_rouge(generated, true),
+        "cider": sum(weights.score(*pair) for pair in pairs) / len(pairs),
+        "bleu4": float(corpus_bleu(sums, 4)),
+        "rouge_l": sum(closest) / len(closest),
         "exact_match": sum(matches) / len(matches),
     }
 
@@ -239,21 +248,3 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
     for number, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
             raise InputError(f"references[{number}] is {texts!r}; expected a list of at least one caption")
-
-
-def _cider(generated: list[str], true: list[list[str]]) -> float:
-    with needs_extra("pycocoevalcap", extra="report", purpose="compute CIDEr"):
-        from pycocoevalcap.cider.cider import Cider
-    if not any(text for texts in true for text in texts):
-        return 0.0  # the scorer fails without any word
-    score, _ = Cider().compute_score(dict(enumerate(true)), {n: [text] for n, text in enumerate(generated)})
-    return float(score)
-
-
-def _bleu_and_rouge(generated: list[str], true: list[list[str]]) -> dict[str, float]:
-    with needs_extra("torchmetrics", extra="report", purpose="compute BLEU and ROUGE"):
-        from torchmetrics.functional.text import bleu_score, rouge_score
-    # Only rougeL, with our words: the splitting of torchmetrics drops every character outside a-z, and its
-    # "rougeLsum" downloads a sentence splitter.
-    rouge = rouge_score(generated, true, rouge_keys="rougeL", normalizer=str, tokenizer=str.split)
-    return {"bleu4": float(bleu_score(generated, true)), "rouge_l": float(rouge["rougeL_fmeasure"])}

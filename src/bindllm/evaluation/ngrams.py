@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bindllm.objectives.rewards import longest_common
 
 Words = Sequence[str]
 Counts = Counter[tuple[str, ...]]
@@ -50,7 +54,7 @@ def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
     """Return the F-measure of the longest common subsequence, with the best precision and the best recall, 0..1."""
     if not candidate:
         return 0.0
-    common = [_common_length(candidate, reference) for reference in references]
+    common = [longest_common(candidate, reference) for reference in references]
     precision = max(length / len(candidate) for length in common)
     recall = max(
         length / max(1, len(reference)) for length, reference in zip(common, references, strict=True)
@@ -60,17 +64,16 @@ def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
 
 
-def _common_length(a: Words, b: Words) -> int:
-    lengths = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for n, other in enumerate(b, start=1):
-            # The value of the row above is overwritten, so it is kept for the next column.
-            diagonal, lengths[n] = (
-                lengths[n],
-                diagonal + 1 if word == other else max(lengths[n], lengths[n - 1]),
-            )
-    return lengths[-1]
+def corpus_bleu(sums: Mapping[str, np.ndarray], order: int) -> np.ndarray:
+    """Return corpus BLEU of the sums of `bleu_sums`, without smoothing, 0..1; 0 without a match of every length."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        precisions = [np.divide(sums[f"matches{n}"], sums[f"ngrams{n}"]) for n in ORDERS[:order]]
+        # The geometric mean of the precisions, and the penalty for short texts.
+        found = np.exp(
+            np.mean(np.log(precisions), axis=0)
+            + np.minimum(0, 1 - np.divide(sums["closest"], sums["length"]))
+        )
+    return np.nan_to_num(found)
 
 
 class Cider:

@@ -12,11 +12,14 @@ from bindllm.errors import BindLLMError
 from bindllm.evaluation.benchmarks.bootstrap import interval_text
 from bindllm.evaluation.benchmarks.folder import Evaluation
 from bindllm.evaluation.benchmarks.metrics import Line
-from bindllm.evaluation.task import MODEL
+from bindllm.evaluation.task import MAJORITY_ANSWER, MODEL, NEAREST_CAPTION, NO_MEDIA, SHUFFLED_MEDIA
 from bindllm.media import SUFFIXES
 from bindllm.report.page import page_templates, shown_rows, thumbnail
 
 PAGE = "evaluation.html"
+
+# A card is narrow.
+_SHORT = {NO_MEDIA: "none", SHUFFLED_MEDIA: "wrong", MAJORITY_ANSWER: "majority", NEAREST_CAPTION: "nearest"}
 
 
 def write_page(evaluation: Evaluation) -> Path:
@@ -65,14 +68,12 @@ def _card(line: Line, answers: Mapping[str, Mapping[str, str]], root: Path) -> d
     lines = [("asked", line["question"], ""), ("true", target, "")]
     for variant, own in answers.items():
         if line["id"] in own:
-            lines.append((variant.replace("_", " "), own[line["id"]], "model" if variant == MODEL else ""))
-    if line["parsed"] is None:
-        lines.append(("unparsed", f"by {line['parser']}", ""))
-    return {
-        "tiles": [_tile(name, root) for name in line["media"]],
-        "lines": lines,
-        "right": line["score"] >= 1,
-    }
+            kind = "model" if variant == MODEL else ""
+            lines.append((_SHORT.get(variant, variant), own[line["id"]], kind))
+    lines.append(("score", "unparsed" if line["parsed"] is None else f"{line['score']:.2g}", ""))
+    # A score with sums of its own, such as CIDEr-D, may be above 1 for a wrong caption.
+    is_right = line["score"] == 1 and "stats" not in line
+    return {"tiles": [_tile(name, root) for name in line["media"]], "lines": lines, "right": is_right}
 
 
 def _tile(name: str, root: Path) -> dict[str, str]:

@@ -52,7 +52,7 @@ SECONDS = ("embed", "train", "evaluate")
 # About a file of a report that cannot be read.
 _ADVICE = "write the report again with bindllm fit"
 
-_PACKAGES = ("bindllm", "torch", "transformers", "lightning", "torchmetrics", "pycocoevalcap")
+_PACKAGES = ("bindllm", "torch", "transformers", "lightning")
 
 
 def software_versions() -> dict[str, str]:

@@ -40,7 +40,7 @@ from bindllm.training.callbacks import ParameterTable, RunLog, RunProgress, Samp
 from bindllm.training.run import Run, lock_output, make_loggers, run_folder
 from bindllm.training.state import AtomicCheckpointIO, RunState
 
-REPORT_PACKAGES = ("torchmetrics", "pycocoevalcap", "matplotlib")
+REPORT_PACKAGES = ("torchmetrics", "matplotlib")
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for the slowest one; a process that has ended is noticed at once."""

@@ -204,7 +204,7 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
         raise InputError(f"{folder} does not exist; give the folder with the files of {benchmark.name}")
     seen: Counter[str] = Counter()
     entries = []
-    for entry in benchmark.read(folder):
+    for entry in _entries(benchmark, folder):
         seen[entry.id] += 1
         # Kept, because published files repeat ids of different questions; counted, because results name them.
         name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
@@ -233,6 +233,22 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
 
 
 _NO_ROW: Any = None
+
+
+def _entries(benchmark: Benchmark, folder: Path) -> Iterator[Entry]:
+    """Yield the entries of a folder; a file of the right name may still have other content."""
+    last = "the first question"
+    try:
+        for entry in benchmark.read(folder):
+            yield entry
+            last = f"the question after {entry.id}"
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: {last} of {benchmark.name} has another form than in the published files ({error!r}); compare "
+            "the file with docs/benchmarks.md"
+        ) from error
 
 
 def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:

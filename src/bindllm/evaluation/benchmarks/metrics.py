@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from bindllm.evaluation.ngrams import ORDERS, corpus_bleu
+
 Line = dict[str, Any]
 Sums = dict[str, np.ndarray]
 """Sums by name, one value for each resample: [R]. A missing name is 0."""
@@ -138,16 +140,8 @@ def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def _captions(sums: Sums) -> Sums:
-    lengths = ratio(sums["length"], sums["closest"])
-    # Papineni et al. 2002: short texts are penalized.
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        brevity = np.where(lengths < 1, np.exp(1 - 1 / lengths), 1.0)
-        logs = np.cumsum(
-            [np.log(ratio(sums[f"matches{n}"], sums[f"ngrams{n}"])) for n in range(1, 5)], axis=0
-        )
-    bleu = {f"bleu{n}": np.nan_to_num(brevity * np.exp(logs[n - 1] / n)) for n in range(1, 5)}
     means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
-    return {**means, **bleu}
+    return {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
 
 
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
