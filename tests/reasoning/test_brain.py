@@ -5,11 +5,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from bindllm import Media
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
-from bindllm.reasoning.brain import OWN_FORM, LocalBrain
+from bindllm.reasoning.brain import OWN_FORM, LocalBrain, _Constrained, _signature
 from bindllm.reasoning.eyes import model_tools
 from bindllm.reasoning.solver import Budget, Solver
 from bindllm.reasoning.tools import tool
@@ -58,6 +59,21 @@ def test_a_random_model_emits_valid_calls(brain):
     for name, arguments in reply.calls:
         assert name == "look"
         assert look.problem(arguments, {"image1": IMAGE}) == ""
+
+
+def test_any_schema_of_a_server_is_shown_in_one_line():
+    properties = {
+        "a": True,
+        "b": {"$ref": "#/$defs/x"},
+        "c": {"type": ["string", "null"], "pattern": "^a|b$"},
+        "d": {"anyOf": [True]},
+    }
+    function = {
+        "name": "odd",
+        "description": "Odd.",
+        "parameters": {"type": "object", "properties": properties},
+    }
+    assert _signature(function) == "- odd(a?: any, b?: any, c?: string|null, d?: any): Odd."
 
 
 def test_a_cut_reply_is_a_problem(brain):
@@ -156,3 +172,21 @@ def test_counting_takes_the_most_frequent_number(model, monkeypatch):
     monkeypatch.setattr(type(model), "generate", lambda *_, **__: ["many"] * 3)
     with pytest.raises(ValueError, match="no answer has a number"):
         count(IMAGE)
+
+
+def test_a_reply_ends_with_the_second_of_two_equal_calls(brain, model, monkeypatch):
+    call = '{"name": "look", "arguments": {"image": "image1", "side": "left"}}'
+    mark, between, end = ("Call: ", "\nCall: ", "") if brain._template is None else (
+        "<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")  # fmt: skip
+    wanted = model.tokenizer(mark + between.join([call] * 4) + end)["input_ids"]
+
+    def follow(self, ids, scores):
+        # A model that writes the same call four times, unless something keeps it from that.
+        position = ids.shape[1] - self._width
+        scores = torch.zeros_like(scores)
+        scores[0, wanted[position]] = 9
+        return constrained(self, ids, scores)
+
+    constrained = _Constrained.__call__
+    monkeypatch.setattr(_Constrained, "__call__", follow)
+    assert ask(brain).calls == (("look", {"image": "image1", "side": "left"}),) * 2

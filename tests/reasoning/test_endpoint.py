@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Annotated
 
 import pytest
 
@@ -13,6 +14,7 @@ from bindllm.errors import InputError
 from bindllm.reasoning.endpoint import Endpoint, EndpointError
 from bindllm.reasoning.measure import calculate
 from bindllm.reasoning.solver import Budget, Solver
+from bindllm.reasoning.tools import tool
 
 ADD = {"name": "calculate", "arguments": '{"operation": "add", "a": 1, "b": 2}'}
 
@@ -68,7 +70,7 @@ def server():
 def solve(server, *answers, media=(), **budget):
     server.answers = list(answers)
     brain = Endpoint(server.url, "big", key="secret", temperature=0)
-    return Solver(brain, [calculate], budget=Budget(**budget)).run("1 + 2?", media)
+    return Solver(brain, [calculate, look], budget=Budget(**budget)).run("1 + 2?", media)
 
 
 def test_calls_are_made_and_results_sent_back(server):
@@ -82,12 +84,20 @@ def test_calls_are_made_and_results_sent_back(server):
     assert second["messages"][3] == {"role": "tool", "content": "result1: 3", "tool_call_id": "call_1"}
 
 
+@tool
+def look(image: Annotated[Media, "image"]) -> str:
+    """Look."""
+    return "a cat"
+
+
 def test_no_path_leaves_this_machine_and_media_ask_for_a_call(server, tmp_path):
-    solve(
-        server, message("", ADD), message("3"), media=[Media.image(str(tmp_path / "private.png"))], rounds=1
+    call = {"name": "look", "arguments": '{"image": "image1"}'}
+    found = solve(
+        server, message("", call), message("3"), media=[Media.image(str(tmp_path / "private.png"))], rounds=1
     )
+    assert found.answer == "3"
     assert server.requests[0][2]["tool_choice"] == "required"
-    assert "private" not in json.dumps(server.requests[0][2])
+    assert "private" not in json.dumps([body for _, _, body in server.requests])
     assert "tools" not in server.requests[1][2]
 
 

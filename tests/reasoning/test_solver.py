@@ -90,6 +90,8 @@ UNUSABLE = [
     (Reply('{"name": "count", "arguments": {}}'), "the text of a call"),
     (Reply('```json\n[{"name": "count"}]\n```'), "the text of a call"),
     (Reply('Call: {"name": "count"'), "the text of a call"),
+    (Reply('I look.\n<tool_call>{"name": "count"}</tool_call>'), "the text of a call"),
+    (Reply("", (("calculate", {"operation": "add", "a": 1}),)), "'b' is a required property"),
     (Reply("", (("shell", {"command": "ls"}),)), "unknown tool 'shell'"),
     (Reply("", (("count", {"image": "image7", "thing": "cats"}),)), "expected a handle of image"),
     (Reply("", (("count", {"image": "image1", "many": 1}),)), "'thing' is a required property"),
@@ -125,16 +127,24 @@ def test_a_brain_that_loops_or_never_stops_ends_within_its_budget():
     # The decision has no tools, so its calls are unknown ones.
     assert (found.failure, found.calls, len(brain.asked)) == ("rounds", 4 - 1, 4)
     assert "the same call as result1" in brain.asked[2][0][-1]["content"]
-    assert solve(*again, rounds=99, calls=4)[0].failure == "calls"
+    assert (solve(*again, rounds=99, calls=4)[0].calls, solve(*again, rounds=99, calls=4)[0].failure) == (
+        4,
+        "rounds",
+    )
     found, _ = solve(*again, rounds=99, calls=99, tokens=12)
     assert (found.failure, found.tokens) == ("tokens", 15)
-    assert solve(PLAN, *again, calls=2)[0].message == "all 2 calls of the budget have been made"
 
 
 def test_calls_beyond_the_budget_are_errors_of_the_plan():
     found, brain = solve(PLAN, Reply("?"), calls=2, rounds=1)
     assert found.answer == "?"
     assert "not run: the budget of 2 calls is used up" in brain.asked[1][0][0]["content"]
+
+
+def test_a_call_that_looks_at_no_media_is_no_look():
+    add = Reply("", (("calculate", {"operation": "add", "a": 1, "b": 2}),))
+    assert solve(add, Reply("Three."), Reply("Three."))[0].failure == "unusable"
+    assert solve(add, Reply("", (LOOK,)), Reply("Three."))[0].answer == "Three."
 
 
 def test_a_plan_without_any_result_is_no_base_for_an_answer():
@@ -190,6 +200,8 @@ def test_input_is_checked_once():
         Solver(ScriptedBrain([]))
     with pytest.raises(InputError, match="the question is empty"):
         Solver(ScriptedBrain([]), TOOLS).run(" ")
+    with pytest.raises(InputError, match="no tool takes audio: add one, or leave a.wav out"):
+        Solver(ScriptedBrain([]), TOOLS).run("?", [Media.audio("a.wav")])
     with pytest.raises(InputError, match="two tools have the name"):
         Solver(ScriptedBrain([]), [count, count])
 

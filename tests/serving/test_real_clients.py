@@ -13,6 +13,7 @@ import pytest
 from bindllm import Media
 from crowd_parts import CHAT, LiveServer
 from serving_parts import ask, image_part, png
+from tool_parts import TAGS
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,8 @@ def environment(name: str) -> Path:
 @pytest.fixture(scope="module")
 def server(decoder):
     with LiveServer(decoder, keys=("secret",)) as server:
+        # It writes the same conversations, and calls too.
+        server.model.tokenizer.chat_template = TAGS
         yield server
 
 
@@ -95,7 +98,20 @@ for attempt in (
     except openai.APIStatusError as error:
         errors.append(type(error).__name__)
 vectors = client.embeddings.create(model="tiny", input=["a cat", "a dog"]).data
+clock = {"name": "clock", "description": "The time."}
+options = {"model": "tiny", "tool_choice": "required", "parallel_tool_calls": False}
+asked = [{"role": "user", "content": "What time is it?"}]
+called = client.chat.completions.create(
+    messages=asked, tools=[{"type": "function", "function": clock}], max_tokens=99, **options)
+calls = client.responses.create(input=asked, tools=[{"type": "function", **clock}], max_output_tokens=99, **options)
+result = {"type": "function_call_output", "call_id": calls.output[0].call_id, "output": "noon"}
+with client.responses.stream(
+    model="tiny", input=[*asked, *calls.output, result], tools=[{"type": "function", **clock}], max_output_tokens=MOST
+) as events:
+    last = [event for event in events][-1]
 show(
+    calls=[called.choices[0].message.tool_calls[0].function.name, calls.output[0].name, calls.output[0].arguments],
+    after_the_call=last.type,
     models=[model.id for model in client.models.list()],
     text=chat("What is it?").choices[0].message.content,
     image=chat(parts).choices[0].message.content,
@@ -112,6 +128,8 @@ def test_openai(server, expected):
     found = run_client(server, OPENAI)
     text, image = expected
     assert found == {
+        "calls": ["clock", "clock", "{}"],
+        "after_the_call": "response.incomplete",
         "models": ["tiny"],
         "text": text,
         "image": image,

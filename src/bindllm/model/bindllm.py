@@ -79,7 +79,7 @@ class BindLLM(nn.Module):
 
     Example:
         ```python
-        model = BindLLM.from_pretrained("checkpoints/quickstart")
+        model = BindLLM.from_pretrained("checkpoints/scenes")
         model.generate("Describe this image.", media=[Media.image("cat.png")])
         ```
     """

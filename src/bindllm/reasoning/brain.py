@@ -6,7 +6,7 @@ A brain reads messages in OpenAI's form. It does not see the media, only their h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import check_options
 from bindllm.model.generation.calls import STRICT_JSON, CallForm
 from bindllm.model.generation.constraint import Constraint, Grammars
+from bindllm.reasoning.tools import REFERENCE
 
 Dicts = Sequence[Mapping[str, Any]]
 
@@ -80,17 +81,24 @@ class _Constrained(LogitsProcessor):
     Args:
         constraint: at the beginning of the answer.
         width: tokens of the prompt.
+        ends: tokens that end an answer.
+        is_done: whether an answer [A] should end, if it may.
     """
 
-    def __init__(self, constraint: Constraint, width: int) -> None:
-        self.constraint, self._read = constraint, width
+    def __init__(
+        self, constraint: Constraint, width: int, ends: Sequence[int], is_done: Callable[[Tensor], bool]
+    ) -> None:
+        self._constraint, self._width, self._read = constraint, width, width
+        self._ends, self._is_done = list(ends), is_done
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for token in input_ids[0, self._read :].tolist():
-            self.constraint.take(token)
+            self._constraint.take(token)
         self._read = input_ids.shape[1]
-        allowed = self.constraint.allowed(scores.shape[1]).to(scores.device)
-        return scores.masked_fill(~allowed, -torch.inf)
+        allowed = self._constraint.allowed(scores.shape[1])
+        if allowed[self._ends].any() and self._is_done(input_ids[0, self._width :]):
+            allowed = torch.zeros_like(allowed).index_fill_(0, torch.tensor(self._ends), True) & allowed
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
 
 class LocalBrain:
@@ -121,8 +129,8 @@ class LocalBrain:
         if tools:
             functions = [tool["function"] for tool in tools]
             grammar = self._form.grammar(functions, several=True, required=required, most=MOST_CALLS)
-            constraint = _Constrained(self._grammars.compile(grammar), batch[0].shape[1])
-            options["logits_processor"] = [constraint]
+            constraint, ends = self._grammars.compile(grammar), self._model.settings.eos_token_id
+            options["logits_processor"] = [_Constrained(constraint, batch[0].shape[1], ends, self._repeats)]
         ids = self._model.generate_from(*batch, **options)[0]
         return self._read(ids, has_tools=bool(tools))
 
@@ -131,14 +139,22 @@ class LocalBrain:
         if not set(ids.tolist()) & set(self._model.settings.eos_token_id):
             problem = f"the reply was cut after {len(ids)} tokens; write less"
             return Reply(text, tokens=len(ids), problem=problem)
+        before, calls = self._find_calls(text) if has_tools else (text, [])
+        return Reply(before, tuple(calls), len(ids))
+
+    def _find_calls(self, text: str) -> tuple[str, list[tuple[str, Mapping[str, Any]]]]:
+        """Return the text before the first call, and the calls; the whole text if it has none."""
         calls, mark = [], self._form.start.strip()
-        at = text.find(mark) if mark else 0
-        if has_tools and at >= 0:
-            place = at
-            while (call := self._form.read(text, place)) is not None and place < len(text):
-                calls.append((call.name, call.arguments))
-                place = call.stop
-        return Reply(text[:at] if calls else text, tuple(calls), len(ids))
+        place = at = max(0, text.find(mark))
+        while place < len(text) and (call := self._form.read(text, place)) is not None:
+            calls.append((call.name, call.arguments))
+            place = call.stop
+        return (text[:at] if calls else text), calls
+
+    def _repeats(self, ids: Tensor) -> bool:
+        """Whether an answer has a call for the second time: a small model would repeat it until the limit."""
+        _, calls = self._find_calls(self._model.tokenizer.decode(ids, skip_special_tokens=True))
+        return any(call in calls[:number] for number, call in enumerate(calls))
 
 
 def _as_message(message: Mapping[str, Any]) -> Message:
@@ -188,9 +204,12 @@ def _signature(function: Mapping[str, Any]) -> str:
     required = parameters.get("required", ())
     words = []
     for name, schema in parameters.get("properties", {}).items():
-        kind = schema.get("enum") or schema.get("type") or schema["anyOf"][0].get("type")
+        # A schema of an MCP server may have any form, also `true`.
+        schema = schema if isinstance(schema, Mapping) else {}
+        first = [one for one in schema.get("anyOf", ()) if isinstance(one, Mapping)][:1] or [{}]
+        kind = schema.get("enum") or schema.get("type") or first[0].get("type", "any")
         kind = "|".join(map(str, kind)) if isinstance(kind, list) else kind
         # The handles of media are the names in the pattern, before that of results.
-        handles = schema.get("pattern", "")[2:-2].split("|")[:-1]
-        words.append(f"{name}{'' if name in required else '?'}: {'|'.join(handles) or kind}")
+        handles, end, _ = schema.get("pattern", "").partition(f"|{REFERENCE})$")
+        words.append(f"{name}{'' if name in required else '?'}: {handles[2:] if end else kind}")
     return f"- {function['name']}({', '.join(words)}): {function['description']}"

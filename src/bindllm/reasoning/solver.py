@@ -23,10 +23,10 @@ from bindllm.reasoning.schedule import Call, Outcome, Scheduler, TimeOut, run_wi
 from bindllm.reasoning.tools import Tool, check_tools
 from bindllm.reasoning.trace import Event, Trace, show_arguments, shown_image
 
-# The beginning of a call that was written as text: it is a failed call, not an answer.
-_CALL = re.compile(r"\s*(<tool_call>|Call:|```\w*\s*[{\[]|[{\[][^}]*\"name\")")
+# A call that was written as text, in the marks of common chat templates: it is a failed call, not an answer.
+_CALL = re.compile(r"<tool_call>|\[TOOL_CALLS\]|Call:\s*\{|^\s*(```\w*\s*)?[{\[][^}]*\"name\"")
 
-Reason = Literal["unusable", "rounds", "calls", "seconds", "tokens", "brain"]
+Reason = Literal["unusable", "rounds", "seconds", "tokens", "brain"]
 
 INSTRUCTIONS = (
     "Answer the question with tools. You cannot see the media; tools look at them. Name media by their handles. The "
@@ -47,7 +47,7 @@ class Budget:
     rounds: int = 4
     """replies with calls; 1: a single plan. After the last, the brain must answer"""
     calls: int = 16
-    """calls of all rounds together"""
+    """calls of all rounds together. After the last, the brain must answer"""
     seconds: float = 300.0
     """seconds of the whole run"""
     tokens: int = 4096
@@ -129,7 +129,7 @@ class Solver:
 
     Example:
         ```python
-        model = BindLLM.from_pretrained("checkpoints/quickstart")
+        model = BindLLM.from_pretrained("checkpoints/openmoji")
         solution = Solver(model).run("Which animal is in the image?", [Media.image("cat.png")])
         print(solution.answer or solution.message)
         solution.trace.save("trace.html")
@@ -161,7 +161,7 @@ class Solver:
             media: that the question is about. The brain gets their handles only.
 
         Raises:
-            InputError: no question, or media that are no list of `Media`.
+            InputError: no question, media that are no list of `Media`, or media that no tool takes.
         """
         if not question.strip():
             raise InputError("the question is empty")
@@ -204,8 +204,10 @@ class _Run:
         return time.monotonic() - self._started
 
     @property
-    def _has_result(self) -> bool:
-        return any(not outcome.error for outcome in self._scheduler.outcomes.values())
+    def _has_looked(self) -> bool:
+        # The call of an unknown tool is an error.
+        ended = ((call, self._scheduler.outcomes[call.number]) for call in self._calls)
+        return any(not outcome.error and self._all[call.name].media for call, outcome in ended)
 
     def solve(self, question: str, handles: Mapping[str, Media]) -> Solution:
         """Return the answer or the failure; see `Solver.run`."""
@@ -214,6 +216,9 @@ class _Run:
             name for tool in self._all.values() for name in tool.returns if tool.can_use([*modalities])
         }
         tools = {name: tool for name, tool in self._all.items() if tool.can_use([*modalities])}
+        for item in handles.values():
+            if not any(tool.takes(item.modality) for tool in tools.values()):
+                raise InputError(f"no tool takes {item.modality}: add one, or leave {item.name} out")
         self._scheduler = Scheduler(tools, handles, seconds=self._budget.call_seconds, report=self._report)
         self._offered = [tool.for_openai(handles) for tool in tools.values()]
         lines = [f"{handle}: {item.modality}" for handle, item in handles.items()]
@@ -229,7 +234,7 @@ class _Run:
         )  # fmt: skip
         answer, failure, message = None, None, ""
         try:
-            answer = self._rounds(question, must_look=bool(handles and tools))
+            answer = self._rounds(question, must_look=bool(handles))
             self._trace.add("answer", self._at, text=answer)
         except _Stop as stop:
             failure, message = stop.reason, str(stop)
@@ -241,7 +246,7 @@ class _Run:
         """Ask and run until the brain answers."""
         for number in range(1, self._budget.rounds + 1):
             # Without a look at the media, an answer would be a guess.
-            required = must_look and not self._has_result
+            required = must_look and not self._has_looked
             calls, text = self._usable(number, required=required)
             if not calls:
                 return text
@@ -250,10 +255,10 @@ class _Run:
             for call in calls:
                 outcome = self._scheduler.outcomes[call.number].text
                 self._say("tool", f"result{call.number}: {outcome}", tool_call_id=f"call_{call.number}")
-        if must_look and not self._has_result:
-            raise _Stop(
-                "rounds", f"no call of {self._budget.rounds} rounds has a result, so nothing is known"
-            )
+            if len(self._calls) >= self._budget.calls:
+                break
+        if must_look and not self._has_looked:
+            raise _Stop("rounds", f"no call of {number} rounds that looks at the media has a result")
         # A prompt of its own: small models continue a list of calls, and some endpoints refuse calls without tools.
         self._messages, self._offered = [], []
         results = [
@@ -262,9 +267,9 @@ class _Run:
             if call.same_as is None
         ]
         self._say("user", "\n".join([DECIDE, *results, f"Question: {question}"]))
-        calls, text = self._usable(self._budget.rounds + 1, required=False)
+        calls, text = self._usable(number + 1, required=False)
         if calls:
-            raise _Stop("rounds", f"the brain still calls tools after {self._budget.rounds} rounds")
+            raise _Stop("rounds", f"the brain still calls tools after {number} rounds, when it must answer")
         return text
 
     def _usable(self, number: int, *, required: bool) -> tuple[list[Call], str]:
@@ -279,7 +284,7 @@ class _Run:
             if not calls and not problem:
                 if not reply.text.strip():
                     problem = "the reply is empty"
-                elif _CALL.match(reply.text):
+                elif _CALL.search(reply.text):
                     problem = "the reply is the text of a call, and neither a call nor an answer"
                 elif required:
                     problem = "the reply has no call, and no tool has looked at the media yet; call one"
@@ -322,8 +327,6 @@ class _Run:
 
     def _afford(self, calls: list[Call], reply: Reply) -> list[Call]:
         """Return calls within the budget, and add them to the messages."""
-        if calls and len(self._scheduler.outcomes) >= self._budget.calls:
-            raise _Stop("calls", f"all {self._budget.calls} calls of the budget have been made")
         if calls:
             written = [
                 {

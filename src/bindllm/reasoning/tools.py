@@ -20,8 +20,10 @@ Arguments = Mapping[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
-_REFERENCE = r"result[1-9][0-9]{0,3}"
-_WHOLE, _INSIDE = re.compile(_REFERENCE), re.compile(rf"\{{({_REFERENCE})\}}")
+REFERENCE = r"result[1-9][0-9]{0,3}"
+"""Pattern of the name of a result."""
+
+_WHOLE, _INSIDE = re.compile(REFERENCE), re.compile(rf"\{{({REFERENCE})\}}")
 _LONGEST_FAULT = 200
 
 
@@ -82,6 +84,10 @@ class Tool:
             not self.media or bool(modalities)
         )
 
+    def takes(self, modality: str) -> bool:
+        """Whether an argument takes media of this modality."""
+        return any(not known or modality in known for known in self.media.values())
+
     def for_openai(self, handles: Mapping[str, Media]) -> dict[str, Any]:
         """Return the tool for OpenAI's API and chat templates, with the handles and references that it may get."""
         parameters = dict(self.parameters)
@@ -102,12 +108,12 @@ class Tool:
 
     def _offered(self, name: str, schema: Any, handles: Mapping[str, Media]) -> Any:
         if name in self.media:
-            names = [*self._fitting(name, handles), _REFERENCE]
+            names = [*self._fitting(name, handles), REFERENCE]
             return {**schema, "pattern": f"^({'|'.join(names)})$"}
         if not isinstance(schema, Mapping) or schema.get("type") in (None, "string", "object"):
             return schema
         # Other values may be results of earlier calls.
-        reference = {"type": "string", "pattern": f"^{_REFERENCE}$"}
+        reference = {"type": "string", "pattern": f"^{REFERENCE}$"}
         about = {"description": schema["description"]} if "description" in schema else {}
         own = {key: value for key, value in schema.items() if key not in ("description", "default")}
         return {**about, "anyOf": [own, reference]}

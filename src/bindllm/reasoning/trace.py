@@ -14,7 +14,7 @@ from typing import Any, Self
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bindllm.atomic import atomic_file
-from bindllm.errors import InputError, MediaError, did_you_mean, printable
+from bindllm.errors import BindLLMError, InputError, did_you_mean, printable
 from bindllm.media import Media
 from bindllm.reasoning.brain import Reply
 from bindllm.report.page import brief, thumbnail
@@ -148,7 +148,7 @@ def shown_image(media: Media) -> str:
     """Return the thumbnail of an image as a data URI; "" for other media and for one that cannot be read."""
     found = ""
     if media.modality == "image":
-        with suppress(MediaError):
+        with suppress(BindLLMError):
             found = thumbnail(media.source)
     return found
 
