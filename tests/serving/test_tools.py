@@ -250,6 +250,33 @@ def test_a_call_without_marks_begins_with_its_keys(decoder, template, text, is_p
     assert passes(model, text) == is_possible
 
 
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "is_possible"),
+    [
+        (None, '{"b": 1}', False),
+        ({"type": "object", "properties": {}}, '{"b": 1}', False),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1, "b": 1}', False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', True),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, '{"b": 1}', True),
+        ({"type": "object"}, '{"b": 1}', True),
+    ],
+)
+def test_other_arguments_than_the_properties(model, parameters, arguments, is_possible):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert passes(model, f"<tool_call>\n{call_text('f', arguments)}\n</tool_call>", [tool]) == is_possible
+
+
+def test_arguments_of_a_loose_function_are_any_object(model):
+    form = CallForm.of(model.tokenizer)
+    grammar = Tools((WEATHER,), (), True, form, {"weather"}).grammar
+    assert (
+        grammar
+        == Tools(({"function": {"name": "weather", "parameters": {}}},), (), True, form, {"weather"}).grammar
+    )
+    assert grammar != Tools((WEATHER,), (), True, form).grammar
+
+
 def test_a_mark_that_is_one_token_can_be_written(decoder):
     model = tiny_model(decoder)
     model.tokenizer.chat_template = TAGS
@@ -403,6 +430,9 @@ def test_tools_that_cannot_be_used_are_refused(model, fields, param):
 def test_a_schema_of_arguments_that_is_not_supported_is_named(model):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with Engine(model) as engine:
-        answer = client_of(model, engine).post(CHAT, json=ask(tools=[tool]))
+        client = client_of(model, engine)
+        answer = client.post(CHAT, json=ask(tools=[tool]))
+        tool["function"]["strict"] = False
+        assert client.post(CHAT, json=ask(tools=[tool], max_tokens=3)).status_code == 200
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     assert '"not"' in answer.json()["error"]["message"]
