@@ -1,9 +1,9 @@
-"""Draw the image of the README: held-out images with the true caption and the model's, right and wrong ones.
+"""Draw the image of the README: held-out images with the true caption and the model's.
 
-    python docs/draw_captions.py [--checkpoint checkpoints/openmoji] [--output docs/captions.png]
+    python docs/draw_captions.py [--checkpoint checkpoints/scenes] [--output docs/captions.png]
 
-First come captions that equal the reference word by word (green, at most two), then rows that are evenly spread over
-the rest, not chosen by hand.
+The rows are evenly spread over all held-out captions, not chosen by hand. Captions that equal the reference word by word
+are green.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from drawing import INK, SECOND, new_figure, save, show
 
 from bindllm.media.images import open_image
 
-ROWS, COLUMNS, MOST_RIGHT, RIGHT = 2, 6, 2, "#0b7a43"
+ROWS, COLUMNS, RIGHT = 2, 6, "#0b7a43"
 
 
 def main() -> None:
     """Read the rows of the report and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/openmoji"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/scenes"))
     parser.add_argument("--output", type=Path, default=Path("docs/captions.png"))
     options = parser.parse_args()
     lines = (options.checkpoint / "report/captions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    right = [row for row in rows if row["exact"]][:MOST_RIGHT]
-    wrong, count = [row for row in rows if not row["exact"]], ROWS * COLUMNS - len(right)
-    rows = right + [wrong[n * len(wrong) // count] for n in range(count)]
-    figure = new_figure(2.3 * ROWS)
+    count = ROWS * COLUMNS
+    rows = [rows[n * len(rows) // count] for n in range(count)]
+    figure = new_figure(2.9 * ROWS)
     for axes, row in zip(figure.subplots(ROWS, COLUMNS).flat, rows, strict=True):
         show(axes, np.asarray(open_image(row["media"]).resize((160, 160))), "")
         color = RIGHT if row["exact"] else SECOND
