@@ -158,14 +158,27 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": fingerprint,
         "data": str(root),
-        "settings": asdict(chosen),
+        "settings": {**asdict(chosen), **_choices(model)},
     }
     with folder.locked(), eval_mode(model):
         known = folder.start(facts)
         lookup = _embed(model, found, store, progress)
         run = _Run(model, benchmark, chosen, found.items, root, known, folder)
+        if model.cache:
+            run.notes.append("measured without the visual cache of the model")
         lines = run.measure(found, lookup, progress)
         return folder.finish({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
+
+
+def _choices(model: BindLLM) -> dict[str, Any]:
+    """Return the choices of a caller that change the answers, and that the fingerprint of the model does not cover."""
+    found: dict[str, Any] = {"tokens": model.bind.num_tokens}
+    if model.context is not None:
+        store = model.datastore
+        records = "" if store is None else repr([(record.keys, record.texts) for record in store.records])
+        found["records"] = 0 if store is None else model.context.num_records
+        found["datastore"] = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return found
 
 
 def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool) -> Lookup:
@@ -355,6 +368,7 @@ def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, secon
     metric, own = run.benchmark.metric, lines[MODEL]
     return {
         "counts": {
+            "total": found.num_total,
             "listed": found.num_listed,
             "items": len(own),
             "missing_media": sum(
