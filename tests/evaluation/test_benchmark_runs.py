@@ -261,7 +261,11 @@ def test_mistakes_are_explained(words, code, told, checkpoint, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_every_benchmark_is_known_by_its_name():
+def test_the_help_lists_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    words = capsys.readouterr().out.split()
+    assert set(BENCHMARKS) <= set(words)
     assert all(name == benchmark.name for name, benchmark in BENCHMARKS.items())
 
 

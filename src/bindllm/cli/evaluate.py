@@ -69,6 +69,15 @@ def evaluate(
     Answers are written as they come. The same command resumes an interrupted
     evaluation. Embeddings without a language model: bindllm zero_shot.
 
+    benchmarks:
+      yes or no        pope mme
+      short answers    vqav2 okvqa textvqa gqa music_avqa easyvqa questions
+      multiple choice  scienceqa mmbench seed choices
+      captions         coco flickr30k nocaps clotho audiocaps pointllm captions
+      classes          modelnet40 esc50
+      shots            vl_icl isekai
+      bias             pairs
+
     Args:
         names: names of benchmarks, or import paths of your own (my_lab.BENCHMARK), followed by the folder of their
             files. With several benchmarks it has a subfolder for each

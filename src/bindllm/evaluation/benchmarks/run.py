@@ -57,6 +57,8 @@ CONTROL_SHARE = 4
 UNREADABLE = "the media cannot be read"
 
 _SEED = 0
+_CHUNK = 1024
+"""Media compared with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -340,11 +342,12 @@ def _nearest_captions(items: Sequence[Item], lookup: Lookup) -> Iterator[str]:
     """Yield the first caption of the nearest other media of the benchmark, which needs no training data."""
     groups: list[tuple[Media, ...]] = [item.media for item in items]
     vectors = lookup(groups)  # [N, E], unit norm
-    for n, vector in enumerate(vectors):
+    for part in vectors.split(_CHUNK):
         # Rounded, so that equal media stay equal in whatever order the products are summed.
-        near = (vectors @ vector).round(decimals=6)
-        near[n] = -2
-        yield items[int(near.argmax())].references[0]
+        near = (part @ vectors.T).round(decimals=6)
+        # Media with the same embedding are the item itself, or a copy of it.
+        near[near >= 1] = -2
+        yield from (items[n].references[0] for n in near.argmax(dim=1).tolist())
 
 
 def _prompt_sha256(sample: Sample, model: BindLLM) -> str:
