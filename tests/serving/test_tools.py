@@ -250,6 +250,23 @@ def test_a_call_without_marks_begins_with_its_keys(decoder, template, text, is_p
     assert passes(model, text) == is_possible
 
 
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "is_possible"),
+    [
+        (None, '{"b": 1}', False),
+        ({"type": "object", "properties": {}}, '{"b": 1}', False),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1, "b": 1}', False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', True),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, '{"b": 1}', True),
+        ({"type": "object"}, '{"b": 1}', True),
+    ],
+)
+def test_other_arguments_than_the_properties(model, parameters, arguments, is_possible):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert passes(model, f"<tool_call>\n{call_text('f', arguments)}\n</tool_call>", [tool]) == is_possible
+
+
 def test_arguments_of_a_loose_function_are_any_object(model):
     form = CallForm.of(model.tokenizer)
     grammar = Tools((WEATHER,), (), True, form, {"weather"}).grammar

@@ -26,7 +26,7 @@ from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, make_sample
 from bindllm.encoders import encoder_for
 from bindllm.errors import InputError, check_choice
-from bindllm.evaluation.answering import Answers, answer_batches, choice_batches
+from bindllm.evaluation.answering import Answers, Choice, Choices, answer_batches, choice_batches
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
@@ -280,7 +280,7 @@ class _Run:
         ]
         return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
 
-    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers:
+    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers | Choices:
         options: dict[str, Any] = {
             "batch_size": self.settings.batch_size,
             "is_done": lambda positions: all(done[n] for n in positions),
@@ -305,11 +305,15 @@ class _Run:
                 f"{self.folder.path} holds an answer to another question {line['id']!r}: the files of the benchmark "
                 "have changed. Choose another output"
             )
-        return self._line(variant, n, line["answer"])
+        answer = line["answer"]
+        return self._line(
+            variant, n, Choice(answer, line["probability"]) if "probability" in line else answer
+        )
 
-    def _line(self, variant: str, n: int, answer: str) -> Line:
+    def _line(self, variant: str, n: int, answer: str | Choice) -> Line:
         """Return the line of an answer, parsed and scored."""
         item, settings = self.items[n], self.settings
+        answer, probability = answer if isinstance(answer, Choice) else (answer, None)
         name, parse = self.benchmark.parser(settings.parser)
         parsed = parse(answer, item)
         if parsed is None and settings.unparsed == "random":
@@ -330,6 +334,8 @@ class _Run:
             "parsed": parsed,
             "score": scored["score"],
             **({"stats": stats} if stats else {}),
+            # Rounded, so that a line that is read again stays the same.
+            **({} if probability is None else {"probability": round(probability, 6)}),
         }
 
     def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:

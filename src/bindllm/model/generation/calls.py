@@ -115,7 +115,7 @@ class CallForm:
         has_heads = not required and not mark
         layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
-            schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+            schema = _arguments(function.get("parameters") or {"properties": {}})
             (before, middle, end), name = self.pieces, function["name"]
             start, end = (
                 (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
@@ -208,6 +208,16 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         except ValueError:
             stop = at + 1
         at = text.find("{", stop)
+
+
+def _arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of the arguments of a function: those of its properties, and no others unless it says so.
+
+    In JSON Schema any other property may follow, and a small model would invent them until its answer is cut.
+    """
+    # The parts of a schema may have further properties, which the whole does not list.
+    is_list = "properties" in parameters and not {"$ref", "allOf", "anyOf", "oneOf", "if"} & {*parameters}
+    return {"type": "object", **({"additionalProperties": False} if is_list else {}), **parameters}
 
 
 def _spaced(text: str) -> str:
