@@ -1,8 +1,8 @@
 # Set-up and everyday commands. `make` lists them. None needs root, a compiler or an account.
 
 VENV ?= .venv
-RECIPE ?= recipes/quickstart.yaml
-RUN ?= checkpoints/quickstart
+RECIPE ?= recipes/scenes.yaml
+RUN ?= checkpoints/scenes
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.14
 python := $(VENV)/bin/python
 bindllm := $(VENV)/bin/bindllm
@@ -22,7 +22,7 @@ train: $(VENV)/.has-quickstart ## fetch what RECIPE names, embed its images, tra
 test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests; ARGS="-k store" picks some
 	@$(python) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-slow: $(VENV)/.has-test checkpoints/quickstart/bindllm.json ## run the slow tests; trains the quickstart first if needed
+test-slow: $(VENV)/.has-test checkpoints/scenes/bindllm.json ## run the slow tests; trains the scenes first if needed
 	@$(python) -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.has-test ## check style and spelling
@@ -53,8 +53,8 @@ clean-all: clean ## also remove .venv, downloads and stored embeddings; images, 
 checkpoints/clip-vocabulary/SOURCE.json: | $(VENV)/.has-test
 	@$(bindllm) fetch clip-vocabulary
 
-checkpoints/quickstart/bindllm.json:
-	@$(MAKE) train RECIPE=recipes/quickstart.yaml ARGS=
+checkpoints/scenes/bindllm.json:
+	@$(MAKE) train RECIPE=recipes/scenes.yaml ARGS=
 
 # One environment; a stamp for each set of extras, so that pip runs only when a set or a pinned version changed.
 $(VENV)/.has-%: $(VENV)/.made setup.cfg pyproject.toml constraints.txt

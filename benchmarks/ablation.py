@@ -1,6 +1,6 @@
 """`python -m benchmarks.ablation`: does the visual cache help text and audio queries of models trained on images only?
 
-Trains the quickstart and the stamps with three seeds. Each model then describes held-out images that it gets as their
+Trains OpenMoji and the stamps with three seeds. Each model then describes held-out images that it gets as their
 caption (`recipes/align-text.yaml`) or their sound (`recipes/align-audio.yaml`). The variants are no cache, caches of
 several sizes and settings, the image itself (the ceiling), the mean of all images, and a shuffled cache (the floor).
 Settings are compared on the validation split. The defaults are measured on the test split. Rows of
@@ -61,9 +61,9 @@ class Case:
 
 
 CASES = (
-    Case("quickstart", "data/openmoji", "text"),
+    Case("openmoji", "data/openmoji", "text"),
     Case("stamps", "data/stamps", "text"),
-    Case("quickstart", "data/stamps", "audio"),
+    Case("openmoji", "data/stamps", "audio"),
     Case("stamps", "data/stamps", "audio"),
 )
 
@@ -174,7 +174,7 @@ class Bench:
 
     @cached_property
     def _trained_on(self) -> BindData:
-        return self._read({"quickstart": "data/openmoji", "stamps": "data/stamps"}[self.case.recipe])
+        return self._read({"openmoji": "data/openmoji", "stamps": "data/stamps"}[self.case.recipe])
 
     def _read(self, path: str) -> BindData:
         return BindData([SourceConfig(path)], STORE, tokenizer=self.model.tokenizer, encoders=[self.encoder])

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.choices`: compare images with and without skin tones, and learning rates, of the quickstart.
+"""`python -m benchmarks.choices`: compare images with and without skin tones, and learning rates, for OpenMoji.
 
-Each run trains the quickstart recipe with one option changed, for the same number of steps. All are evaluated on the
+Each run trains it with one option changed, for the same number of steps. All are evaluated on the
 same held-out images: those without versions in skin tones, and those with a skin tone. A run takes about 3 to 6
 minutes on 2 cores. Runs in benchmarks/results/choices.json are not repeated.
 """
@@ -21,12 +21,12 @@ from bindllm.evaluation.captions import captions_task
 from bindllm.evaluation.task import MODEL, evaluate
 from bindllm.model.bindllm import BindLLM
 
-RECIPE = "recipes/quickstart.yaml"
+RECIPE = "recipes/openmoji.yaml"
 FOLDER = Path("checkpoints/choices")
 PLAIN, TONES = "data/openmoji/captions.jsonl", "data/openmoji/captions-with-skin-tones.jsonl"
 TONE = "skin tone"
 EPOCH = 101
-"""Steps of an epoch of the quickstart: 1,592 images without skin tones in batches of 16, rounded down by length."""
+"""Steps of an epoch of the recipe: 1,592 images without skin tones in batches of 16, rounded down by length."""
 
 
 @dataclass(frozen=True)

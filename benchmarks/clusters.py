@@ -9,7 +9,7 @@ Uniform noise has no near neighbors, so an index over it does not behave like on
   way (anisotropy) and has its own width. A tenth of the variance is noise in all E dimensions.
 - The mean is shared, so that any two rows lie in one cone (arXiv 2203.02053).
 
-The numbers below were chosen until 1,885 rows of size 1024 looked like the 1,885 OpenMoji drawings of the quickstart as
+The numbers below were chosen until 1,885 rows of size 1024 looked like the 1,885 OpenMoji drawings as
 EfficientNet-Lite0 embeds them. `python -m benchmarks.clusters` prints both in one table: the cosine of random
 pairs and its spread, the length of the mean, the cosine to the 1st, 10th and 100th neighbor, the participation
 ratio of the spectrum and its largest shares, the local dimension.
@@ -184,7 +184,7 @@ def statistics_of(rows: np.ndarray) -> dict[str, float]:
 
 
 def stored_images(folder: str = "data/store") -> np.ndarray:
-    """Return the embeddings of the quickstart's store at unit length, [N, E]; `make train` creates it."""
+    """Return the embeddings of the OpenMoji drawings at unit length, [N, E]; `recipes/openmoji.yaml` stores them."""
     import pyarrow as pa
 
     tables = [
@@ -199,7 +199,7 @@ def stored_images(folder: str = "data/store") -> np.ndarray:
 
 
 def main() -> None:
-    """Print the statistics of the quickstart's images and of the same number of synthetic rows."""
+    """Print the statistics of the OpenMoji drawings and of the same number of synthetic rows."""
     real = stored_images()
     space = ClusteredVectors()
     made = space.rows(0, len(real))

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from benchmarks.measure import Metric, run_bindllm, seconds
 
-RECIPE, DATA = "recipes/quickstart.yaml", "data/openmoji"
+RECIPE, DATA = "recipes/openmoji.yaml", "data/openmoji"
 IMAGES = 384
 REPEATS = 2
 PROCESSES = (1, 2)

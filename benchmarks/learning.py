@@ -4,7 +4,7 @@
 `python -m benchmarks.learning words` runs with and without bag-of-words pretraining, and
 `python -m benchmarks.learning cross` kind `cross` with an adapter next to runs that lack one of its parts.
 
-Trains the quickstart recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
+Trains the OpenMoji recipe for one epoch per run: 12 runs of about 3 minutes each on 2 cores. Runs in
 benchmarks/results/learning.json are not repeated, so the command can be stopped at any time. Remove a row, or the
 file, to measure again. Prints the table of docs/results.md.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.measure import RESULTS, run_bindllm
 from bindllm.atomic import write_json
 
-RECIPE = "recipes/quickstart.yaml"
+RECIPE = "recipes/openmoji.yaml"
 FOLDER = Path("checkpoints/learning")
 SEEDS = (0, 1, 2)
 LAYERS = {

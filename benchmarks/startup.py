@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.measure import Metric, paired
 
-CHECKPOINT, IMAGE = "checkpoints/quickstart", "data/openmoji/images/1F431.svg"
+CHECKPOINT, IMAGE = "checkpoints/openmoji", "data/openmoji/images/1F431.svg"
 
 # The floor: plain transformers loads the same decoder and answers with one token, without an image.
 PLAIN = """

@@ -16,7 +16,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.injection import InjectConfig
 
 ON_GPU = torch.cuda.is_available()
-# The shape of the quickstart's batches; on a GPU the published stage 1 (prompt and caption of 96 tokens).
+# The shape of the batches of recipes/openmoji.yaml; on a GPU the published stage 1 (prompt and caption of 96 tokens).
 SHAPE = {"rows": 32, "tokens": 96, "answer": 32} if ON_GPU else {"rows": 16, "tokens": 24, "answer": 6}
 
 

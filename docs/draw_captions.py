@@ -1,6 +1,6 @@
 """Draw the image of the README: held-out images with the true caption and the model's, right and wrong ones.
 
-    python docs/draw_captions.py [--checkpoint checkpoints/quickstart] [--output docs/captions.png]
+    python docs/draw_captions.py [--checkpoint checkpoints/openmoji] [--output docs/captions.png]
 
 First come captions that equal the reference word by word (green, at most two), then rows that are evenly spread over
 the rest, not chosen by hand.
@@ -24,7 +24,7 @@ ROWS, COLUMNS, MOST_RIGHT, RIGHT = 2, 6, 2, "#0b7a43"
 def main() -> None:
     """Read the rows of the report and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/quickstart"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/openmoji"))
     parser.add_argument("--output", type=Path, default=Path("docs/captions.png"))
     options = parser.parse_args()
     lines = (options.checkpoint / "report/captions.jsonl").read_text(encoding="utf-8").splitlines()

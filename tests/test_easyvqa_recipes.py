@@ -27,13 +27,13 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def save_quickstart() -> None:
-    """Write the folder that the quickstart leaves, untrained."""
-    config = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())["model"]
+def save_openmoji() -> None:
+    """Write the folder that the OpenMoji recipe leaves, untrained."""
+    config = yaml.safe_load((RECIPES / "openmoji.yaml").read_text())["model"]
     parts = {"bind": BindConfig(**config["bind"]), "inject": InjectConfig(**config["inject"])}
     decoder = DecoderConfig(**config["decoder"])
     model = BindLLM.build(decoder, device="cpu", encoders=[ColorEncoder()], **parts)
-    model.save_pretrained("checkpoints/quickstart")
+    model.save_pretrained("checkpoints/openmoji")
 
 
 def fit(name: str) -> dict:
@@ -50,7 +50,7 @@ def test_each_stage_continues_from_the_one_before(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     # In two steps of GRPO all answers may have the same reward.
     monkeypatch.setattr("bindllm.training.optim.ZeroGradientCheck.finish_epoch", lambda self: None)
-    save_quickstart()
+    save_openmoji()
     for name in ("easyvqa.yaml", "easyvqa-dpo.yaml", "easyvqa-grpo.yaml"):
         metrics = fit(name)
         counts = {"color": 8, "yes/no color": 8, "yes/no not color": 8}
@@ -67,9 +67,9 @@ def test_fetch_finds_what_the_recipe_needs():
     assert ASSETS["easyvqa"].folder == "data/easyvqa"
 
 
-def test_the_questions_are_asked_of_the_parts_that_the_quickstart_trained():
+def test_the_questions_are_asked_of_the_parts_that_the_openmoji_recipe_trained():
     first, second = (
-        yaml.safe_load((RECIPES / name).read_text()) for name in ("quickstart.yaml", "easyvqa.yaml")
+        yaml.safe_load((RECIPES / name).read_text()) for name in ("openmoji.yaml", "easyvqa.yaml")
     )
     assert second["model"]["init_from"] == first["output"]
     for part in ("decoder", "encoders", "bind", "inject"):

@@ -1,4 +1,4 @@
-"""The trained quickstart: `make test-slow` trains it first when it is not there."""
+"""The model of `make train`: `make test-slow` trains it first when it is not there."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from bindllm import BindLLM, Media
 
-FOLDER = Path("checkpoints/quickstart")
+FOLDER = Path("checkpoints/scenes")
 pytestmark = pytest.mark.slow
 
 

@@ -1,5 +1,6 @@
 """The README's commands and Python blocks run, in its order, on parts of the right shape and no meaning."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from bindllm import BindLLM
 from bindllm.cli import COMMANDS, main
 from bindllm.quickstart import ASSETS, easyvqa
 from bindllm.testing import check_encoder
@@ -35,7 +37,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A directory with what `make train` would have fetched, tiny, and an untrained quickstart made of it."""
+    """A directory with what the recipes of the README would have fetched, tiny."""
     folder = tmp_path_factory.mktemp("project")
     save_tiny_decoder(folder / "checkpoints/smollm2-135m-instruct")
     (folder / "checkpoints/efficientnet-lite0").mkdir()
@@ -43,11 +45,28 @@ def project(tmp_path_factory):
     save_tiny_text_encoder(folder / "checkpoints/minilm-l6")
     (folder / "data/openmoji/images").mkdir(parents=True)
     (folder / "data/openmoji/images/1F431.svg").write_text(DRAWING.format(3))
-    rows = ["image,caption,split"]
+    lines = ["image,caption,split"]
     for number, split in enumerate(("train", "train", "train", "validation", "test")):
         (folder / f"data/openmoji/images/{number}.svg").write_text(DRAWING.format(number + 1))
-        rows.append(f"images/{number}.svg,circle {number},{split}")
-    (folder / "data/openmoji/captions.csv").write_text("\n".join(rows))
+        lines.append(f"images/{number}.svg,circle {number},{split}")
+    (folder / "data/openmoji/captions.csv").write_text("\n".join(lines))
+    (folder / "data/scenes/images/new-scenes").mkdir(parents=True)
+    scenes = []
+    for number, split in enumerate(("train", "train", "train", "validation", "test", "test")):
+        image = f"images/new-scenes/{number:05}.png"
+        Image.new("RGB", (32, 32), (40 * number, 99, 0)).save(folder / "data/scenes" / image)
+        scenes.append({"image": image, "caption": f"a circle on a {number} background", "split": split})
+    asked = [
+        {
+            "image": row["image"],
+            "question": "Which color?",
+            "answer": row["caption"][-12:],
+            "split": row["split"],
+        }
+        for row in scenes
+    ]
+    for name, rows in {"captions": scenes, "seen": asked}.items():
+        (folder / f"data/scenes/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "data/easyvqa").mkdir()
     easyvqa.build([published(folder, train=40)], folder / "data/easyvqa")
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -71,15 +90,12 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    recipe = [
-        "--config",
-        "recipes/quickstart.yaml",
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.max_epochs",
-        "1",
-    ]
-    assert main(["fit", *recipe, "--trainer.logger", "false", "--model.decoder.dtype", "float32"]) == 0
+    plain = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--model.decoder.dtype", "float32"]
+    # The tiny decoder has three layers.
+    few = ["--model.inject.layers", "2", "--model.adapter.layers", "2", "--trainer.max_steps", "2"]
+    few += ["--trainer.val_check_interval", "1"]
+    for name, options in {"scenes": few, "openmoji": ["--trainer.max_epochs", "1"]}.items():
+        assert main(["fit", "--config", f"recipes/{name}.yaml", *plain, *options]) == 0
     told = ""
     ran = [words[1:] for words in commands() if words[0] == "bindllm"]
     assert {words[0] for words in ran} <= {*COMMANDS, "--help"}
@@ -106,11 +122,12 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     names: dict = {"__name__": "readme"}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
-    assert names["model"].cache is not None
+    assert names["model"].injection.kind == "cross"
+    assert BindLLM.from_pretrained("checkpoints/openmoji").cache is not None
 
 
 def test_yaml_blocks_are_parts_of_a_recipe():
-    keys = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    keys = yaml.safe_load((ROOT / "recipes/openmoji.yaml").read_text())
     found = [yaml.safe_load(block) for block in blocks("yaml")]
     assert found
     for part in found:

@@ -73,7 +73,7 @@ def with_tiny_parts(recipe: dict, parts: Path) -> dict:
 
 
 def test_there_are_recipes():
-    assert {"quickstart.yaml", "stamps.yaml"} <= {file.name for file in RECIPES}
+    assert {"openmoji.yaml", "stamps.yaml"} <= {file.name for file in RECIPES}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
@@ -120,7 +120,7 @@ def test_a_recipe_runs_and_leaves_its_files(file, parts, tmp_path, monkeypatch):
 def test_the_resolved_recipe_of_a_checkpoint_is_a_recipe(parts, tmp_path, monkeypatch):
     """What is written into the folder reads back to the same values, with every default in it."""
     monkeypatch.chdir(tmp_path)
-    (file,) = (file for file in RECIPES if file.name == "quickstart.yaml")
+    (file,) = (file for file in RECIPES if file.name == "openmoji.yaml")
     recipe = with_tiny_parts(yaml.safe_load(file.read_text()), parts)
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     with quiet():

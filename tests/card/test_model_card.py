@@ -89,6 +89,17 @@ def test_a_damaged_evaluation_is_named(content, folder, work):
         write_model_card(folder, [pope])
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.json", "report/facts.json", "bindllm.json"])
+@pytest.mark.parametrize(
+    "content", ['{"data": 3, "tasks": 3}', '{"data": {"sources": [{}]}, "tasks": {"x": {}}}']
+)
+def test_files_of_any_shape_are_one_error(name, content, folder):
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match="damaged"):
+        write_model_card(folder)
+    assert not (folder / "bom.cdx.json").exists()
+
+
 def test_a_data_set_of_a_benchmark_that_was_not_evaluated_is_refused(folder):
     with pytest.raises(UsageError, match="no evaluation of it"):
         write_model_card(folder, options=CardOptions(datasets={"pope": "lab/POPE"}))

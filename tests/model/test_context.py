@@ -184,6 +184,26 @@ def test_a_context_token_of_kind_cross_makes_its_word_more_likely(decoder):
     assert gained.argmax(-1).tolist() == given["context_ids"].flatten().tolist()
 
 
+@torch.no_grad()
+def test_the_word_before_is_in_the_keys_of_kind_cross_only(decoder):
+    """So a text token can find what followed its own word in a record, and does not say that word again."""
+    model = context_model(decoder, context=WORDS, inject=InjectConfig(kind="cross"))
+    torch.nn.init.zeros_(model.context.position)
+    embed = model.decoder.get_input_embeddings()
+    found = []
+    for ids in ([5, 6, 7], [6, 5, 7], [5, 6, 8]):
+        inputs = unit(1, 1, 16), unit(1, 1, 1, 16), torch.ones(1, 1, 1), torch.tensor([[[ids]]]), embed
+        tokens = model.context.read(*inputs)
+        keys, values = model.injection.context_reader.keys_and_values(0, tokens, torch.float32)
+        found.append((keys[0].movedim(-1, 0), values[0, 0]))
+    (keys, values), (other_keys, other_values), (_, last_values) = found
+    torch.testing.assert_close(values[[1, 0, 2]], other_values)
+    assert not torch.allclose(keys[2], other_keys[2])
+    assert not torch.allclose(values[2], last_values[2])
+    # The first word of a text has no word before it: a learned start, which is not that of padding.
+    assert not torch.allclose(keys[0], other_keys[1])
+
+
 @pytest.mark.parametrize("given", [records(), {}], ids=["records", "none"])
 def test_gradients_reach_every_trained_tensor(decoder, parts, given):
     """Also without records: DDP waits for each of them."""

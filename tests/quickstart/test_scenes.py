@@ -17,7 +17,7 @@ from bindllm.errors import AssetError
 from bindllm.quickstart import drawings, openmoji, scenes
 from bindllm.quickstart.drawings import THINGS
 from bindllm.quickstart.packages import Downloads
-from bindllm.quickstart.scenes import COUNTS, NAMING, NEW_COMBINATIONS, NEW_SCENES, NEW_THINGS
+from bindllm.quickstart.scenes import BACKGROUNDS, COUNTS, NAMING, NEW_COMBINATIONS, NEW_SCENES, NEW_THINGS
 from scene_parts import read_rows, write_wheels
 
 ROOT = Path(__file__).parents[2]
@@ -244,6 +244,21 @@ def test_the_card_states_the_chance_that_the_rows_have(made, asked):
     assert facts["chance"]["train"]["count"] == 0.2
     assert "| count | 20.0% | 20.0% | 20.0% | 25.0% | 20.0% | - |" in text
     assert sum(facts["scenes"].values()) == sum(part.count for part in PARTS)
+
+
+def test_one_question_of_a_scene_that_is_seen_at_once(made, asked):
+    rows = read_rows(made[0] / "seen.jsonl")
+    assert len({row["image"] for row in rows}) == len(rows)
+    assert all(row in asked for row in rows)
+    kinds = Counter(row["type"] for row in rows if row["split"] == "train")
+    assert set(kinds) == {"what", "count", "color"}
+    # A quarter of the scenes each, and two fifths of a half: only scenes of one or two things have a question for one.
+    for kind, share in {"what": 0.2, "count": 0.25, "color": 0.25}.items():
+        assert abs(kinds[kind] / 400 - share) < 0.07
+    # The kind does not depend on what a scene has: all counts and colors are asked for.
+    answers = {(row["type"], row["answer"]) for row in rows if row["type"] != "what"}
+    assert {answer for kind, answer in answers if kind == "count"} == set(COUNTS)
+    assert {answer for kind, answer in answers if kind == "color"} == set(BACKGROUNDS)
 
 
 def test_the_formats_read_the_tables(made):

@@ -11,6 +11,7 @@ from bindllm.conversation import render
 from bindllm.errors import InputError
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
+from bindllm.serving.api.errors import ApiError
 from bindllm.serving.api.tools import CallReader, Tools
 from bindllm.serving.engine import Engine
 from bindllm.serving.sampling import Sampling, choose_tokens
@@ -250,6 +251,33 @@ def test_a_call_without_marks_begins_with_its_keys(decoder, template, text, is_p
     assert passes(model, text) == is_possible
 
 
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "is_possible"),
+    [
+        (None, '{"b": 1}', False),
+        ({"type": "object", "properties": {}}, '{"b": 1}', False),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1, "b": 1}', False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', True),
+        ({"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]}, '{"b": 1}', True),
+        ({"type": "object"}, '{"b": 1}', True),
+    ],
+)
+def test_other_arguments_than_the_properties(model, parameters, arguments, is_possible):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert passes(model, f"<tool_call>\n{call_text('f', arguments)}\n</tool_call>", [tool]) == is_possible
+
+
+def test_arguments_of_a_loose_function_are_any_object(model):
+    form = CallForm.of(model.tokenizer)
+    grammar = Tools((WEATHER,), (), True, form, {"weather"}).grammar
+    assert (
+        grammar
+        == Tools(({"function": {"name": "weather", "parameters": {}}},), (), True, form, {"weather"}).grammar
+    )
+    assert grammar != Tools((WEATHER,), (), True, form).grammar
+
+
 def test_a_mark_that_is_one_token_can_be_written(decoder):
     model = tiny_model(decoder)
     model.tokenizer.chat_template = TAGS
@@ -274,6 +302,21 @@ def test_a_model_that_writes_an_invalid_call_is_led_to_a_valid_one(model):
     text = model.tokenizer.decode(written)
     assert text.startswith('<tool_call>\n{"name": "weather", "arguments": {"city": "')
     assert "Rome" not in text
+
+
+def test_a_stop_string_inside_of_a_call_without_marks_is_an_error():
+    form = CallForm.of(tokenizer_of(BARE))
+    for text, is_begun in (
+        ('{"name": "clock", "parameters": {', True),
+        ('{"name": "clock"', False),
+        ("{", False),
+    ):
+        reader = CallReader(Tools((CLOCK,), (), True, form))
+        reader.add(text)
+        if is_begun:
+            with pytest.raises(ApiError, match="inside of a call"):
+                reader.end(is_cut=False)
+        assert reader.end(is_cut=is_begun)[1] == []
 
 
 def test_a_stop_string_inside_of_a_call_is_an_error(model):
@@ -403,6 +446,9 @@ def test_tools_that_cannot_be_used_are_refused(model, fields, param):
 def test_a_schema_of_arguments_that_is_not_supported_is_named(model):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
     with Engine(model) as engine:
-        answer = client_of(model, engine).post(CHAT, json=ask(tools=[tool]))
+        client = client_of(model, engine)
+        answer = client.post(CHAT, json=ask(tools=[tool]))
+        tool["function"]["strict"] = False
+        assert client.post(CHAT, json=ask(tools=[tool], max_tokens=3)).status_code == 200
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
     assert '"not"' in answer.json()["error"]["message"]

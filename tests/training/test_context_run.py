@@ -52,6 +52,23 @@ def test_batches_hold_records_that_are_not_of_their_own_rows(parts, work):
     assert batch["context_ids"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_share_of_the_training_media_keeps_its_own_record(parts, work, share):
+    data = data_of(context_recipe(parts, context={**CONTEXT, "own_records": share}))
+    data.setup()
+    found: RetrievedRecords = data.lookup
+    store = found.reader.datastore
+
+    def keeping(split):
+        pairs = [(sample.media, data._embeddings.key(sample.media[0][0])) for sample in data.samples(split)]
+        return [key in store.records[int(found.ids(media)[0, 0])].keys for media, key in pairs]
+
+    kept = keeping("train")
+    assert sum(kept) == data.report.kept_own == len(store) - data.report.excluded_itself
+    assert all(kept) if share == 1.0 else 0 < sum(kept) < len(kept)
+    assert not any(keeping("test") + keeping("validation"))
+
+
 def test_drawn_records_are_the_same_in_every_order_and_never_the_own_one(parts, work):
     data = data_of(context_recipe(parts))
     groups = [group for sample in data.samples("train") for group in sample.media]

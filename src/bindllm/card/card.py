@@ -22,7 +22,7 @@ from bindllm.card.evidence import number_text
 from bindllm.card.facts import CardOptions, Facts, read_facts
 from bindllm.card.licenses import Combined, combine
 from bindllm.card.text import END, card_text, license_lines
-from bindllm.errors import UsageError
+from bindllm.errors import BindLLMError, InputError, UsageError
 from bindllm.evaluation.task import MODEL
 
 CARD_FILE = "README.md"
@@ -71,14 +71,23 @@ def write_model_card(
         UsageError: an option for a part or a benchmark that does not exist.
     """
     folder = Path(folder)
-    facts = read_facts(folder, evaluations, options or CardOptions(), advance)
-    combined, entries, unmeasured = combine(facts.rows), _leaderboard(facts), facts.not_measured()
-    head, notes = _metadata(facts, combined).to_yaml(), _notes(folder / CARD_FILE)
+    try:
+        facts = read_facts(folder, evaluations, options or CardOptions(), advance)
+        combined, entries, unmeasured = combine(facts.rows), _leaderboard(facts), facts.not_measured()
+        head, text = _metadata(facts, combined).to_yaml(), card_text(facts, combined, unmeasured)
+        bill = bill_of_materials(facts.name, facts.manifest, facts.rows, combined)
+    except BindLLMError:
+        raise
+    # Each file can be read, but its values may have any shape: the folder may come from someone else.
+    except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"a file of {folder} or of an evaluation of it is damaged ({error!r}); write it again"
+        ) from error
     # Everything was read and checked: from here on, files are written.
-    write_json(folder / BILL_FILE, bill_of_materials(facts.name, facts.manifest, facts.rows, combined))
+    write_json(folder / BILL_FILE, bill)
     _write(folder / LICENSE_FILE, "\n".join(["# License", "", *license_lines(facts.rows, combined)]) + "\n")
     files = _write_results(folder / RESULTS_FOLDER, entries)
-    _write(folder / CARD_FILE, f"---\n{head}\n---\n\n{card_text(facts, combined, unmeasured)}{notes}")
+    _write(folder / CARD_FILE, f"---\n{head}\n---\n\n{text}{_notes(folder / CARD_FILE)}")
     warnings = combined.warnings + [
         f"{one.name}: not in {RESULTS_FOLDER}, as its data set on the Hub is not named (--dataset {one.name}=ORG/NAME)."
         for one in facts.evaluations

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.atomic import read_json
-from bindllm.errors import InputError, listed
+from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks.bootstrap import Number, intervals
 from bindllm.evaluation.benchmarks.folder import Evaluation, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import SCORE, Line
-from bindllm.evaluation.task import MODEL
 from bindllm.report.report import METRICS_FILE, ROW_FILES
 from bindllm.report.summary import KEYS, METRICS, summarize
-
-_KEYS = {"benchmark", "title", "metric", "data", "settings", "counts", "scores", "groups", "media", "notes"}
 
 
 def read_evaluations(folders: Sequence[Path], fingerprint: str) -> list[Evaluation]:
@@ -27,10 +24,6 @@ def read_evaluations(folders: Sequence[Path], fingerprint: str) -> list[Evaluati
     """
     found = [evaluation for folder in folders for evaluation in find_evaluations(folder).values()]
     for one in found:
-        if (missing := _KEYS - one.facts.keys()) or MODEL not in one.lines:
-            raise InputError(
-                f"{one.folder} is damaged: it has no {listed(sorted(missing) or [MODEL])}; evaluate again"
-            )
         if one.facts.get("checkpoint_fingerprint") != fingerprint:
             raise InputError(
                 f"{one.folder} measured other weights or settings than those of this checkpoint: evaluate it again, or "
@@ -61,24 +54,21 @@ def read_held_out(folder: Path, modalities: Sequence[str]) -> HeldOut:
     """Read ``metrics.json`` of a checkpoint; empty if the folder has none.
 
     Raises:
-        InputError: a file is damaged.
+        InputError: the file cannot be read.
     """
     file = folder / METRICS_FILE
     if not file.is_file():
         return HeldOut({}, [], {})
     metrics = read_json(file, InputError)
-    try:
-        counts = {task: _count(folder, task, variants) for task, variants in metrics["tasks"].items()}
-        scores = {
-            task: {
-                name: {key: found[key] for key in KEYS[task] if key in METRICS}
-                for name, found in variants.items()
-            }
-            for task, variants in metrics["tasks"].items()
+    counts = {task: _count(folder, task, variants) for task, variants in metrics["tasks"].items()}
+    scores = {
+        task: {
+            name: {key: found[key] for key in KEYS[task] if key in METRICS}
+            for name, found in variants.items()
         }
-        sentences = summarize(metrics, num_captions=counts.get("captions", 0), modalities=modalities)
-    except (LookupError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{file} is damaged ({error!r}); write it again with bindllm fit") from error
+        for task, variants in metrics["tasks"].items()
+    }
+    sentences = summarize(metrics, num_captions=counts.get("captions", 0), modalities=modalities)
     return HeldOut(scores, sentences, counts)
 
 

@@ -13,7 +13,7 @@ from bindllm.errors import BindLLMError, UsageError, did_you_mean, printable_lin
 from bindllm.imports import find_named_modules
 
 COMMANDS = {
-    "fetch": ("folders", "download and verify the quickstart: decoder, encoder, images"),
+    "fetch": ("folders", "download and verify the parts of a recipe: decoder, encoder, images"),
     "check": ("recipes.check", "find all problems of a recipe, a checkpoint or an encoder"),
     "embed": ("recipes.fit", "precompute the embeddings of a recipe's media"),
     "fit": ("recipes.fit", "train a model from a recipe; resumes interrupted runs"),
@@ -47,11 +47,11 @@ SYNONYMS = {"train": "fit", "eval": "evaluate", "predict": "generate"}
 
 EXAMPLES = """\
 examples:
-  bindllm fit --config recipes/quickstart.yaml
-  bindllm fit --config recipes/quickstart.yaml --trainer.max_epochs 5
-  bindllm check --config recipes/quickstart.yaml
-  bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
-  bindllm chat checkpoints/quickstart
+  bindllm fit --config recipes/scenes.yaml
+  bindllm fit --config recipes/scenes.yaml --trainer.max_epochs 5
+  bindllm check --config recipes/scenes.yaml
+  bindllm generate checkpoints/scenes "Describe this image." --image cat.png
+  bindllm chat checkpoints/scenes
   bindllm convert imagebind_huge.pth --output checkpoints/imagebind
   bindllm encode dog.jpg bark.wav --text "a dog"
 

@@ -38,7 +38,7 @@ def card(
             be repeated
 
     Example:
-        bindllm card checkpoints/quickstart --language en
+        bindllm card checkpoints/scenes --language en
     """
     licenses, datasets = _pairs("license", license), _pairs("dataset", dataset)
 

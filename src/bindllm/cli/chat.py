@@ -62,7 +62,7 @@ def chat(
         overrides: arguments of the further encoder
 
     Example:
-        bindllm chat checkpoints/quickstart --temperature 0.7
+        bindllm chat checkpoints/scenes --temperature 0.7
     """
     # A table that cannot be read is an error before the model is loaded.
     if examples.shots is not None:

@@ -69,6 +69,15 @@ def evaluate(
     Answers are written as they come. The same command resumes an interrupted
     evaluation. Embeddings without a language model: bindllm zero_shot.
 
+    benchmarks:
+      yes or no        pope mme
+      short answers    vqav2 okvqa textvqa gqa music_avqa easyvqa questions
+      multiple choice  scienceqa mmbench seed choices
+      captions         coco flickr30k nocaps clotho audiocaps pointllm captions
+      classes          modelnet40 esc50
+      shots            vl_icl isekai
+      bias             pairs
+
     Args:
         names: names of benchmarks, or import paths of your own (my_lab.BENCHMARK), followed by the folder of their
             files. With several benchmarks it has a subfolder for each
@@ -187,10 +196,11 @@ def _show(done: Evaluation) -> None:
         table.add_row(metric, *(interval_text(own.get(metric)) for own in scores.values()))
     print_whole(table)
     counts = facts["counts"]
+    chosen = f", chosen by hash from {counts['total']:,}" if counts["listed"] < counts["total"] else ""
     lines = [
         facts["media"],
-        f"{counts['items']:,} of {counts['listed']:,} questions; {counts['unparsed']:,} answers could not be read by "
-        f"the parser {facts['settings']['parser']} and are {facts['settings']['unparsed']}",
+        f"{counts['items']:,} of {counts['listed']:,} questions{chosen}; {counts['unparsed']:,} answers could not be "
+        f"read by the parser {facts['settings']['parser']} and are {facts['settings']['unparsed']}",
         *(f"skipped: {count:,} x {reason}" for reason, count in facts["skipped"].items()),
         *(f"note: {note}" for note in facts["notes"]),
     ]

@@ -8,13 +8,13 @@ from bindllm.convert import KINDS
 from bindllm.errors import UsageError, did_you_mean
 
 
-def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
+def fetch(wanted: tuple[str, ...] = ("recipes/scenes.yaml",)) -> int:
     """Download and verify models and data; complete folders stay as they are.
 
     names:
-      smollm2-135m-instruct  decoder of the quickstart
-      efficientnet-lite0     image encoder of the quickstart
-      openmoji               images and captions of the quickstart
+      smollm2-135m-instruct  decoder of most recipes
+      efficientnet-lite0     image encoder of most recipes
+      openmoji               drawings and their names
       easyvqa                questions about images
       scenes                 20,000 scenes of drawings with known answers
       stamps                 thumbnails with texts
@@ -26,7 +26,7 @@ def fetch(wanted: tuple[str, ...] = ("recipes/quickstart.yaml",)) -> int:
         wanted: names, or recipes whose models and data are fetched
 
     Example:
-        bindllm fetch recipes/quickstart.yaml clip-vocabulary
+        bindllm fetch recipes/scenes.yaml clip-vocabulary
     """
     from bindllm.quickstart import fetch_all
 
@@ -134,7 +134,7 @@ def report(folder: str) -> int:
         folder: a checkpoint folder that bindllm fit wrote
 
     Example:
-        bindllm report checkpoints/quickstart
+        bindllm report checkpoints/scenes
     """
     from bindllm.report.report import rebuild_report
 

@@ -281,7 +281,7 @@ def generate(
         overrides: arguments of the further encoder
 
     Example:
-        bindllm generate checkpoints/quickstart "Describe this image." --image cat.png
+        bindllm generate checkpoints/scenes "Describe this image." --image cat.png
     """
     # How to read this: contradictions first, since loading takes long; then the answer; then the neighbors.
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)

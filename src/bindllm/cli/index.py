@@ -75,7 +75,7 @@ def index(
         overrides: arguments of the encoder
 
     Example:
-        bindllm index caches/openmoji --name_in checkpoints/quickstart
+        bindllm index caches/openmoji --name_in checkpoints/openmoji
     """
     _check_options(output, encoders, options)
 

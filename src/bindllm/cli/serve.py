@@ -74,7 +74,7 @@ def serve(
         overrides: arguments of the encoder
 
     Example:
-        bindllm serve checkpoints/quickstart
+        bindllm serve checkpoints/scenes
     """
     refuse_together(cache=cache.cache, no_cache=cache.no_cache)
     _check_installed()

@@ -64,7 +64,7 @@ def solve(
         overrides: arguments of the further encoder
 
     Example:
-        bindllm solve checkpoints/quickstart "What is the difference?" --image a.png --image b.png --trace trace.html
+        bindllm solve checkpoints/openmoji "What is the difference?" --image a.png --image b.png --trace trace.html
     """
     try:
         for file in trace:

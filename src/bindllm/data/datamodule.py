@@ -197,6 +197,7 @@ class BindData(LightningDataModule):
             found = self.retrieved
             self.report.records, self.report.cut_records = len(found.reader.datastore), found.reader.num_cut()
             self.report.excluded_itself, self.report.excluded_equal = found.itself, found.equal
+            self.report.kept_own = found.kept
         self.report.seconds += time.perf_counter() - started
 
     def samples(self, split: str) -> list[Sample]:
@@ -225,7 +226,8 @@ class BindData(LightningDataModule):
         self.prepare_data()
         datastore = build_datastore(self._rows["train"], self._embeddings)
         reader = RecordReader(datastore, self.tokenizer, self.context.text_length)
-        found = RetrievedRecords(self._embeddings, reader, self.context.records)
+        own = self.context.own_records
+        found = RetrievedRecords(self._embeddings, reader, self.context.records, own=own)
         # All at once, before the first batch.
         found.retrieve(
             group for rows in self._rows.values() for row in rows for group in row.conversation.media_groups

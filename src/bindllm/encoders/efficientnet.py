@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the image encoder of the quickstart, in plain torch.
+"""EfficientNet-Lite0, the image encoder of most recipes, in plain torch.
 
 The network is the B0 of EfficientNet (https://arxiv.org/abs/1905.11946, table 1) in its "Lite" variant: mobile
 inverted bottlenecks (https://arxiv.org/abs/1801.04381, section 3.3) without squeeze-and-excitation, and ReLU6

@@ -79,7 +79,7 @@ class BindLLM(nn.Module):
 
     Example:
         ```python
-        model = BindLLM.from_pretrained("checkpoints/quickstart")
+        model = BindLLM.from_pretrained("checkpoints/scenes")
         model.generate("Describe this image.", media=[Media.image("cat.png")])
         ```
     """
@@ -106,19 +106,19 @@ class BindLLM(nn.Module):
         self.tokenizer, self.encoders = tokenizer, tuple(encoders)
         # Composite configs (image-text models) hold the language model's sizes in a text config.
         width = decoder.config.get_text_config().hidden_size
-        size = None
+        size, sizes = None, (common_size(self.encoders), width)
         if self.bind_config.reads_tokens:
             check_kind(self.inject_config, self.bind_config.tokens)
             size = token_size(self.encoders, self.bind_config.token_modalities)
-        self.bind = BindNetwork(common_size(self.encoders), width, self.bind_config, size).to(decoder.device)
+        self.bind = BindNetwork(*sizes, self.bind_config, size).to(decoder.device)
         self.context = None
         if context is not None:
-            self.context = build_context(common_size(self.encoders), width, context).to(decoder.device)
+            self.context = build_context(*sizes, context, self.inject_config.kind).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
-        reads = context is not None
-        self.injection = Injection(decoder, self.inject_config, has_context=reads).to(decoder.device)
+        size = None if context is None else self.context.output_size
+        self.injection = Injection(decoder, self.inject_config, context_width=size).to(decoder.device)
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)

@@ -16,6 +16,9 @@ from bindllm.errors import CheckpointError
 
 UNKNOWN_LICENSE = "see its own page"
 
+_MOST_METADATA = 100_000
+"""Characters of a card that are searched for its metadata."""
+
 USE = (
     "```python",
     "from bindllm import BindLLM, Media",
@@ -178,7 +181,8 @@ def licenses_in(folder: str) -> list[str]:
             packages = read_json(path / "SOURCE.json", CheckpointError)["packages"]
             return list(dict.fromkeys(str(package["license"]) for package in packages))
         if (path / "README.md").is_file():
-            return _licenses_of_card((path / "README.md").read_text(encoding="utf-8", errors="replace"))
+            with (path / "README.md").open(encoding="utf-8", errors="replace") as stream:
+                return _licenses_of_card(stream.read(_MOST_METADATA))
     except (KeyError, TypeError, OSError, CheckpointError):
         # A foreign file of that name is not a reason to lose a trained model.
         pass

@@ -95,6 +95,8 @@ _EDGE, _GAP, _ORDER = 2, 4, 10
 # Few: after these, the sizes most likely do not fit together.
 _TRIES = 24
 _DIRECTIONS = (("left", "right"), ("above", "below"))
+# Kind of the question in `seen.jsonl`, drawn for each scene. Not by what a scene has: counts keep their shares.
+_SEEN = ("count", "color", "what", "what")
 
 _README = """# Scenes of OpenMoji drawings, with captions and questions
 
@@ -106,6 +108,7 @@ questions have the same license.
 {new} new things (its validation and test splits).
 
 - `train.jsonl`: questions about the training and validation scenes. `test.jsonl`: questions about the test scenes.
+- `seen.jsonl`: of these questions at most one for each scene, of the types what, count and color.
 - `captions.jsonl`: one row for each scene with its caption and its description: background, and for each thing from
   left to right its name, size in pixels, clockwise turn in degrees, box (left, top, right, bottom), and the middle of
   its opaque pixels.
@@ -206,6 +209,7 @@ def build(
     rows = [row | _labels(scene, split) for scene in scenes for row in questions(scene, sprites)]
     write_rows(folder / "train.jsonl", [row for row in rows if row["split"] != "test"])
     write_rows(folder / "test.jsonl", [row for row in rows if row["split"] == "test"])
+    write_rows(folder / "seen.jsonl", seen(scenes, rows))
     write_rows(folder / "captions.jsonl", (describe(scene) | _labels(scene, split) for scene in scenes))
     # The card is computed too, so that it cannot differ from the rows.
     chances = chance(rows)
@@ -421,6 +425,18 @@ def _comparison(pairs: Sequence[tuple[Thing, Thing]]) -> list[tuple[str, str, st
                 ("comparison", question(small.name, large.name), "smaller"),
             ]
     return []
+
+
+def seen(scenes: Iterable[Scene], rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Return at most one row of each scene: its first question of a type that is drawn."""
+    # Not by the number: it decides count and color.
+    draw = {scene.image: Random(f"{scene.part}/{scene.number}/seen") for scene in scenes}
+    wanted = {image: _SEEN[between((0, len(_SEEN) - 1), rng)] for image, rng in draw.items()}
+    chosen: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["type"] == wanted[row["image"]]:
+            chosen.setdefault(row["image"], row)
+    return [*chosen.values()]
 
 
 def describe(scene: Scene) -> dict[str, Any]:

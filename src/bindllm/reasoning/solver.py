@@ -129,7 +129,7 @@ class Solver:
 
     Example:
         ```python
-        model = BindLLM.from_pretrained("checkpoints/quickstart")
+        model = BindLLM.from_pretrained("checkpoints/openmoji")
         solution = Solver(model).run("Which animal is in the image?", [Media.image("cat.png")])
         print(solution.answer or solution.message)
         solution.trace.save("trace.html")

@@ -66,7 +66,7 @@ def check(
         overrides: keys of the recipe, or arguments of the encoder
 
     Example:
-        bindllm check --config recipes/quickstart.yaml --memory
+        bindllm check --config recipes/scenes.yaml --memory
     """
     refuse_together(config=config, folder=folder, encoder=encoder)
     if not (config or folder or encoder):

@@ -195,7 +195,7 @@ class RecipeCLI(LightningCLI):
     kinds: tuple[type, type] = (BindModule, BindData)
     """Classes of the sections `model` and `data`."""
 
-    example = "recipes/quickstart.yaml"
+    example = "recipes/scenes.yaml"
     """A recipe for the help."""
 
     def __init__(self, command: str, args: Sequence[str], *, build: bool = True) -> None:

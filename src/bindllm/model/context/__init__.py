@@ -54,10 +54,16 @@ class ContextConfig:
     text_length: int = 32
     """Tokens of a record's text that are read; longer texts are cut, and counted."""
 
+    own_records: float = 0.0
+    """Share of the training media, 0 to 1, whose nearest record is their own, so that its text is the answer: the model
+    learns to copy a record that fits. The others never find their own."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.own_records <= 1:
+            raise InputError(f"context.own_records is {self.own_records}, expected a share from 0 to 1")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "latents" and value == "all":
+            if (field.name == "latents" and value == "all") or field.name == "own_records":
                 continue
             if type(value) is not int or not 1 <= value <= _MOST:
                 raise InputError(
@@ -72,15 +78,18 @@ class ContextNetwork(nn.Module):
 
     Args:
         config: the settings.
+        output_size: see the attribute.
 
     Attributes:
         config: the settings.
+        output_size: ``C``, width of the context tokens: ``D``, and behind it what only keys are made of.
         draws_records: whether a training step draws the number of records that it reads, and the groups that go without
             any. False for objectives that compare two passes over the same rows.
     """
 
-    def __init__(self, config: ContextConfig) -> None:
+    def __init__(self, config: ContextConfig, output_size: int) -> None:
         super().__init__()
+        self.output_size = output_size
         self.config, self._num_records, self.draws_records = config, config.records, True
 
     @property
@@ -157,7 +166,7 @@ class ContextPerceivers(ContextNetwork):
     """
 
     def __init__(self, embedding_size: int, width: int, config: ContextConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, width)
         size = config.width
         self.media_projection = nn.Linear(embedding_size, size)
         self.text_projection = nn.Linear(width, size)
@@ -218,6 +227,8 @@ class ContextWords(ContextNetwork):
     Args:
         width: ``D``, the decoder's hidden size.
         config: the settings.
+        before: whether the word before follows each token, for keys only: a text token finds what followed its own word
+            in a record, as induction heads do (Olsson et al., arXiv 2209.11895).
 
     Examples:
         >>> network = ContextWords(64, ContextConfig(latents="all")).eval()
@@ -226,25 +237,32 @@ class ContextWords(ContextNetwork):
         torch.Size([1, 1, 15, 64])
     """
 
-    def __init__(self, width: int, config: ContextConfig) -> None:
-        super().__init__(config)
+    def __init__(self, width: int, config: ContextConfig, *, before: bool = False) -> None:
+        super().__init__(config, 2 * width if before else width)
+        # The word before the first one of a text.
+        self.start = nn.Parameter(torch.randn(width)) if before else None
         # Zeros: a context token starts as its word.
         self.score, self.position = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, embeddings: Tensor, scores: Tensor, present: Tensor, words: Tensor) -> Tensor:
-        """Return context tokens, [B, M, K * S, D]; rows of zeros for padding."""
+        """Return context tokens, [B, M, K * S, D or 2 * D]; rows of zeros for padding."""
         dtype = self.score.dtype
         waves = add_positions(torch.zeros(words.shape[-2:])).to(words.device, dtype)
-        tokens = F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype) + waves * self.position
+        words = F.rms_norm(words, words.shape[-1:], eps=1e-6).to(dtype)
+        tokens = words + waves * self.position
         tokens = tokens + (scores.to(dtype) / SCORE_SCALE)[..., None, None] * self.score
         present = present & embeddings.any(-1, keepdim=True)
+        if self.start is not None:
+            before = torch.cat([self.start.expand_as(words[..., :1, :]), words[..., :-1, :]], -2)
+            tokens = torch.cat([tokens, before], -1)
         return torch.where(present.unsqueeze(-1), tokens, 0).flatten(2, 3)
 
 
-def build_context(embedding_size: int, width: int, config: ContextConfig) -> ContextNetwork:
-    """Return the network of the form that the config names; arguments as for `ContextPerceivers`."""
+def build_context(embedding_size: int, width: int, config: ContextConfig, kind: str) -> ContextNetwork:
+    """Return the network of the form that the config names, for a kind of injection; else as `ContextPerceivers`."""
     if config.latents == "all":
-        return ContextWords(width, config)
+        # Only kind `cross` has keys of its own.
+        return ContextWords(width, config, before=kind == "cross")
     return ContextPerceivers(embedding_size, width, config)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -115,11 +115,8 @@ class CallForm:
         has_heads = not required and not mark
         layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
-            schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-            (before, middle, end), name = self.pieces, function["name"]
-            start, end = (
-                (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
-            )
+            schema = _arguments(function.get("parameters") or {"properties": {}})
+            start, end = self._around(function["name"])
             heads.append(_spaced(start))
             start = f"/{heads[-1]}/" if has_heads else _literal(start)
             rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
@@ -140,6 +137,17 @@ class CallForm:
         else:
             start = [f"start: OTHER | {calls}", f"OTHER: /(?s:.*)/ & ~/({'|'.join(heads)})(?s:.*)/"]
         return "\n".join((*start, f"call: {names}", *rules))
+
+    def has_begun(self, text: str, names: Iterable[str]) -> bool:
+        """Return whether a text has the beginning of a call, after which the grammar lets only a whole one follow."""
+        if mark := self.start.strip():
+            return mark in text
+        return any(re.match(_spaced(self._around(name)[0]), text) for name in names)
+
+    def _around(self, name: str) -> tuple[str, str]:
+        """Return the texts before and after the arguments of a call."""
+        before, middle, after = self.pieces
+        return (before + name + middle, after) if self.has_name_first else (before, middle + name + after)
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""
@@ -208,6 +216,16 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         except ValueError:
             stop = at + 1
         at = text.find("{", stop)
+
+
+def _arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of the arguments of a function: those of its properties, and no others unless it says so.
+
+    In JSON Schema any other property may follow, and a small model would invent them until its answer is cut.
+    """
+    # The parts of a schema may have further properties, which the whole does not list.
+    is_list = "properties" in parameters and not {"$ref", "allOf", "anyOf", "oneOf", "if"} & {*parameters}
+    return {"type": "object", **({"additionalProperties": False} if is_list else {}), **parameters}
 
 
 def _spaced(text: str) -> str:

@@ -74,6 +74,14 @@ class InjectConfig:
         check_choice("injection kind", self.kind, KINDS)
 
 
+def _check_reads_context(config: InjectConfig) -> None:
+    if config.kind == "residual":
+        raise InputError(
+            "inject.kind residual adds one vector for each media group, and context tokens are read by attention: "
+            "set inject.kind: attend, cross or value, or leave out context"
+        )
+
+
 def check_kind(config: InjectConfig, num_tokens: int | str) -> None:
     """Raise an `InputError` if this kind of injection takes one bind token only."""
     if config.kind not in TOKEN_KINDS:
@@ -103,7 +111,9 @@ class Injection(nn.Module):
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
-        has_context: whether the model reads context tokens, through gates of their own; not with kind ``residual``.
+        context_width: of the context tokens that the model reads through gates of their own, not with kind
+            ``residual``; ``D``, or with kind ``cross`` more: the rest behind the first ``D`` is for keys only. None: no
+            context.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
@@ -120,13 +130,13 @@ class Injection(nn.Module):
                                                         # index [B, T], -1: nothing is added
     """
 
-    def __init__(self, decoder: PreTrainedModel, config: InjectConfig, *, has_context: bool = False) -> None:
+    def __init__(
+        self, decoder: PreTrainedModel, config: InjectConfig, *, context_width: int | None = None
+    ) -> None:
         super().__init__()
-        if has_context and config.kind == "residual":
-            raise InputError(
-                "inject.kind residual adds one vector for each media group, and context tokens are read by attention: "
-                "set inject.kind: attend, cross or value, or leave out context"
-            )
+        self.context_width, has_context = context_width, context_width is not None
+        if has_context:
+            _check_reads_context(config)
         self.kind = config.kind
         core = decoder.get_decoder()
         hooks = decoder._forward_pre_hooks.values()
@@ -151,7 +161,9 @@ class Injection(nn.Module):
         self.queries = nn.Parameter(0.02 * torch.randn(len(layers), width)) if has_queries else None
         self.reader = CrossReader(len(layers), width) if self.kind == "cross" else None
         self.context_gates = nn.Parameter(torch.zeros(shape)) if has_context else None
-        self.context_reader = CrossReader(len(layers), width) if has_context and self.reader else None
+        self.context_reader = None
+        if has_context and self.reader:
+            self.context_reader = CrossReader(len(layers), width, context_width)
         if self.kind == "residual":
             for index, (_, layer) in enumerate(layers):
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
@@ -199,7 +211,7 @@ class Injection(nn.Module):
         width = decoder.config.get_text_config().hidden_size
         inputs = {"bind": torch.zeros(*sizes, width, device=decoder.device), "media_index": index}
         if self.context_gates is not None:
-            inputs["context"] = torch.zeros(1, 1, 2, width, device=decoder.device)
+            inputs["context"] = torch.zeros(1, 1, 2, self.context_width, device=decoder.device)
         # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
         is_meta = decoder.device.type == "meta"
         masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
@@ -226,7 +238,7 @@ class Injection(nn.Module):
         Args:
             bind: [B, M, D], or [B, M, N, D] for kinds ``attend`` and ``cross``.
             media_index: [B, T] of the left-padded prompts; generated tokens use its last column.
-            context: context tokens, [B, M, C, D], or None.
+            context: context tokens, [B, M, C, context_width], or None.
         """
         with self.applying(self.state(bind, media_index, context)):
             yield
@@ -454,10 +466,11 @@ class Injection(nn.Module):
             raise InputError(
                 "this model reads no context: build it with context, or leave out context tokens"
             )
-        if context.dim() != 4 or (*context.shape[:2], context.shape[3]) != (*bind.shape[:2], bind.shape[-1]):
+        expected = (*bind.shape[:2], self.context_width)
+        if context.dim() != 4 or (*context.shape[:2], context.shape[3]) != expected:
             raise InputError(
                 f"context tokens {list(context.shape)} for bind {list(bind.shape)}: expected "
-                f"{[*bind.shape[:2], 'C', bind.shape[-1]]}"
+                f"{[*bind.shape[:2], 'C', self.context_width]}"
             )
 
 

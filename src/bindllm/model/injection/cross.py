@@ -32,28 +32,32 @@ class CrossReader(nn.Module):
     Args:
         num_layers: ``L``.
         width: ``D``.
+        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only.
 
     Attributes:
         query: query projections, zeros at the start, so that each bind token counts the same, [L, R, D, d].
-        key: key projections, [L, R, D, d].
+        key: key projections, [L, R, K, d].
     """
 
-    def __init__(self, num_layers: int, width: int) -> None:
+    def __init__(self, num_layers: int, width: int, key_width: int | None = None) -> None:
         super().__init__()
-        shape = (num_layers, HEADS, width, HEAD_SIZE)
-        self.query = nn.Parameter(torch.zeros(shape))
-        self.key = nn.Parameter(torch.randn(shape) * width**-0.5)
+        key_width = width if key_width is None else key_width
+        self.width = width
+        self.query = nn.Parameter(torch.zeros(num_layers, HEADS, width, HEAD_SIZE))
+        self.key = nn.Parameter(torch.randn(num_layers, HEADS, key_width, HEAD_SIZE) * key_width**-0.5)
 
     def keys_and_values(self, index: int, bind: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return scaled keys [B, R, d, M * N] and values [B, 1, M * N, D] of layer ``index``.
 
         Args:
             index: of the layer among those that are served.
-            bind: bind tokens, [B, M, N, D].
+            bind: bind tokens, [B, M, N, K].
             dtype: of the decoder.
         """
-        values = nn.functional.rms_norm(bind.flatten(1, 2).float(), bind.shape[-1:], eps=_EPS).to(dtype)
-        keys = torch.einsum("bnd,rde->bren", values, self.key[index].to(dtype)) * HEAD_SIZE**-0.5
+        values, rest = bind.flatten(1, 2).float().tensor_split([self.width], -1)
+        values = nn.functional.rms_norm(values, (self.width,), eps=_EPS)
+        sources, values = torch.cat([values, rest], -1).to(dtype), values.to(dtype)
+        keys = torch.einsum("bnd,rde->bren", sources, self.key[index].to(dtype)) * HEAD_SIZE**-0.5
         return keys, values.unsqueeze(1)
 
     def forward(

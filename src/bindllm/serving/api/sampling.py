@@ -63,7 +63,13 @@ class Question:
         if not isinstance(error, SettingError):
             return error
         field = self.grammar_field if error.field == "grammar" else error.field
-        return ApiError(400, str(error), param=field)
+        # Many programs cannot change the schemas of their tools.
+        hint = (
+            "; with strict: false, the arguments of a function are any JSON object"
+            if field == "tools"
+            else ""
+        )
+        return ApiError(400, f"{error}{hint}", param=field)
 
 
 def read_question(

@@ -70,7 +70,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "add_generation_prompt": (True,),
 }
-# A setting of the server, not a part of the description for the model: arguments always follow their schema here.
+# A setting of the server, not a part of the description for the model.
 _NOT_SHOWN = {"strict"}
 
 
@@ -198,6 +198,7 @@ class FunctionBody(BaseModel):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class ToolBody(BaseModel):
@@ -232,6 +233,7 @@ class FunctionToolBody(BaseModel):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class FunctionChoice(BaseModel):
@@ -289,6 +291,11 @@ class ChatBody(SampledBody):
         ]
 
     @property
+    def loose(self) -> set[str]:
+        """The functions whose arguments need not follow their schema."""
+        return {tool.function.name for tool in self.tools or () if tool.function.strict is False}
+
+    @property
     def named(self) -> str | None:
         """The function that must be called, if `tool_choice` names one."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
@@ -320,6 +327,11 @@ class ResponsesBody(SampledBody):
             tool.model_dump(exclude_unset=True, exclude={"type", *_NOT_SHOWN}) for tool in self.tools or ()
         )
         return [{"type": "function", "function": function} for function in dumps]
+
+    @property
+    def loose(self) -> set[str]:
+        """The functions whose arguments need not follow their schema."""
+        return {tool.name for tool in self.tools or () if tool.strict is False}
 
     @property
     def named(self) -> str | None:

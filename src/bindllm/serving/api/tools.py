@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from bindllm.serving.api.schema import ChatBody, ResponsesBody, check_depth
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ANY = {"type": "object"}
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -25,17 +27,20 @@ class Tools:
         required: names of those of which one must be called; empty: the model decides.
         several: whether an answer may have several calls.
         form: of the calls.
+        loose: names of those whose arguments are any JSON object.
     """
 
     tools: tuple[dict[str, Any], ...]
     required: tuple[str, ...]
     several: bool
     form: CallForm
+    loose: Collection[str] = ()
 
     @property
     def grammar(self) -> str:
         """The grammar of the answer."""
         functions = [tool["function"] for tool in self.tools]
+        functions = [one | ({"parameters": _ANY} if one["name"] in self.loose else {}) for one in functions]
         # The prompt lists all tools, as the template was trained, also if only one of them may be called.
         chosen = [function for function in functions if function["name"] in self.required]
         return self.form.grammar(chosen or functions, several=self.several, required=bool(chosen))
@@ -88,7 +93,7 @@ def read_tools(
             param="tools",
             code="unsupported_parameter",
         )
-    return Tools(tools, required, several, form)
+    return Tools(tools, required, several, form, body.loose)
 
 
 def uses_tools(message: Mapping[str, Any]) -> bool:
@@ -179,7 +184,7 @@ class CallReader:
             at = call.stop
         rest = self._held[at:]
         # The grammar lets the model end a call only as a whole.
-        if self._has_call and not is_cut and self._form.start.strip() in rest:
+        if not is_cut and self._form.has_begun(rest, self._names):
             raise ApiError(
                 400,
                 "a stop string has ended the answer inside of a call; leave stop out, or use one that no call has",
