@@ -211,13 +211,19 @@ def main() -> None:
     questions = make_questions(rows, given.count)
     eyes = BindLLM.from_pretrained(given.checkpoint)
     planner = LocalBrain(eyes if given.planner is None else BindLLM.from_pretrained(given.planner))
-    found = {
-        "direct": measure(eyes, questions, None),
-        "random": measure(eyes, questions, lambda question: Program(at_random(question))),
-        "oracle": measure(eyes, questions, lambda question: Program(oracle(question))),
-        "model": measure(eyes, questions[: 4 * given.model_count], lambda _: planner),
+    brains = {
+        "direct": None,
+        "random": lambda question: Program(at_random(question)),
+        "oracle": lambda question: Program(oracle(question)),
+        "model": lambda _: planner,
     }
-    write_json(RESULTS / "solve.json", {"planner": planner.name, "subset": SUBSET, "rows": found})
+    found: dict[str, Any] = {}
+    for name, brain in brains.items():
+        asked = questions[: 4 * given.model_count] if name == "model" else questions
+        found[name] = measure(eyes, asked, brain)
+        print(name, found[name], flush=True)
+        # After each, since the model takes most of the time.
+        write_json(RESULTS / "solve.json", {"planner": planner.name, "subset": SUBSET, "rows": found})
     kinds = [*found["direct"]["accuracy"]]
     table = Table("planner", "questions", *kinds, "failures", "calls", "tokens", "seconds")
     for name, row in found.items():

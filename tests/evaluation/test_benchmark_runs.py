@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from benchmark_parts import image, mme, pope, scienceqa
-from bindllm import Message
+from bindllm import Media, Message
 from bindllm.cli import main
 from bindllm.data.rows import tokenize
+from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import InputError
 from bindllm.evaluation import evaluate
 from bindllm.evaluation.benchmarks import BENCHMARKS, run
@@ -23,6 +24,7 @@ from bindllm.evaluation.benchmarks.bootstrap import differences, intervals, medi
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.model.context import ContextConfig
 from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
 from tiny import save_tiny_decoder, tiny_model
@@ -219,7 +221,10 @@ def test_the_command_prints_scores_and_writes_a_folder(checkpoint, capsys):
     told = capsys.readouterr().out
     assert "yes_ratio" in told
     assert "majority_answer" in told
-    assert "10 of 10 questions; 10 answers could not be read by the parser yes_no and are wrong" in told
+    assert (
+        "10 of 10 questions, chosen by hash from 24; 10 answers could not be read by the parser yes_no and are wrong"
+        in told
+    )
     assert "written to runs/eval/checkpoint/pope" in told
     assert [*find_evaluations("runs/eval/checkpoint")] == ["pope"]
 
@@ -353,3 +358,21 @@ def test_a_full_disk_is_an_error_and_keeps_the_answers(checkpoint, monkeypatch, 
     assert main(["evaluate", "pope", "pope", *checkpoint, "--batch_size", "2"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert len(Path("runs/eval/checkpoint/pope/items.jsonl").read_text().splitlines()) >= 4
+
+
+def test_a_model_with_context_reads_records_of_other_media(folder, measure, tmp_path):
+    context = ContextConfig(records=2, latents=2, width=16, text_length=6)
+    model = tiny_model(save_tiny_decoder(tmp_path / "decoder"), context=context)
+    torch.nn.init.normal_(model.injection.context_gates, std=2.0)
+    media = [Media.image(str(file)) for file in sorted((folder / "val2014").glob("*.jpg"))]
+    records = [
+        Record((one.content_hash(),), one.name, "image", (f"text {n}",)) for n, one in enumerate(media)
+    ]
+    fingerprints = [encoder.fingerprint() for encoder in model.encoders]
+    model.datastore = Datastore(model.encode(media), records, fingerprints)
+    read = measure(model=model).lines["model"]
+    model.datastore = None
+    with pytest.raises(InputError, match="was started with records 2 .now 0., datastore"):
+        measure(model=model)
+    plain = measure(model=model, output="plain").lines["model"]
+    assert [line["answer"] for line in read] != [line["answer"] for line in plain]

@@ -79,7 +79,7 @@ def test_names_and_schemas_are_checked():
     with pytest.raises(InputError, match="not a JSON Schema of type object"):
         Tool("a", "", {"type": "string"}, print)
     with pytest.raises(InputError, match="are not a JSON Schema"):
-        Tool("a", "", {"type": "object", "properties": {"b": {"type": "colour"}}}, print)
+        check_tools([Tool("a", "", {"type": "object", "properties": {"b": {"type": "tint"}}}, print)])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from bindllm.conversation import render
 from bindllm.errors import InputError
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
+from bindllm.serving.api.errors import ApiError
 from bindllm.serving.api.tools import CallReader, Tools
 from bindllm.serving.engine import Engine
 from bindllm.serving.sampling import Sampling, choose_tokens
@@ -301,6 +302,21 @@ def test_a_model_that_writes_an_invalid_call_is_led_to_a_valid_one(model):
     text = model.tokenizer.decode(written)
     assert text.startswith('<tool_call>\n{"name": "weather", "arguments": {"city": "')
     assert "Rome" not in text
+
+
+def test_a_stop_string_inside_of_a_call_without_marks_is_an_error():
+    form = CallForm.of(tokenizer_of(BARE))
+    for text, is_begun in (
+        ('{"name": "clock", "parameters": {', True),
+        ('{"name": "clock"', False),
+        ("{", False),
+    ):
+        reader = CallReader(Tools((CLOCK,), (), True, form))
+        reader.add(text)
+        if is_begun:
+            with pytest.raises(ApiError, match="inside of a call"):
+                reader.end(is_cut=False)
+        assert reader.end(is_cut=is_begun)[1] == []
 
 
 def test_a_stop_string_inside_of_a_call_is_an_error(model):

@@ -19,6 +19,8 @@ LENGTHS = ((1, "1 word"), (3, "2 to 3 words"), (8, "4 to 8 words"), (None, "9 wo
 
 _FEW = 30
 """A group of fewer items is marked."""
+_BINS = 10
+"""Bins of equal width in which probabilities are compared with the share of right answers."""
 _LARGEST = 20
 """Groups of a label that the table shows, the largest ones."""
 
@@ -30,7 +32,7 @@ _CHECKS = {
     "language": "Scores by language.",
     "probes": "Counterfactual pairs: the same question with one attribute swapped.",
     "people": "Differences between groups of people, beyond the groups above.",
-    "calibration": "Calibration: whether the probability of an answer is the share of right ones.",
+    "calibration": "Calibration: whether probabilities of answers are shares of right ones (`--choose likelihood`).",
     "harm": "Harmful, stereotyped or toxic answers, refusals, and attacks by text or media.",
     "energy": "Energy and emissions of the training.",
 }
@@ -42,6 +44,7 @@ def limits(evaluations: Sequence[Evaluation]) -> list[str]:
         ("Dependence on the media", media_lines),
         ("Baselines", baseline_lines),
         ("Counterfactual pairs", pair_lines),
+        ("Calibration", calibration_lines),
         ("Bias towards yes", yes_lines),
         ("Answers that could not be read", unparsed_lines),
         ("Scores by group", group_lines),
@@ -93,6 +96,28 @@ def pair_lines(one: Evaluation) -> list[str]:
         "true answer is the same."
         for name, numbers in found.items()
         if (rate := numbers.get("flip_rate")) and rate["value"] is not None
+    ]
+
+
+def calibration_lines(one: Evaluation) -> list[str]:
+    """Compare the probabilities of the chosen options with the share of right ones."""
+    lines = [line for line in one.lines[MODEL] if "probability" in line]
+    if not lines:
+        return []
+    right, sure = mean(lines), mean([{**line, "score": line["probability"]} for line in lines])["value"]
+    bins: dict[int, list[float]] = {}
+    for line in lines:
+        # A probability of 1 belongs to the last bin.
+        place = min(int(line["probability"] * _BINS), _BINS - 1)
+        bins.setdefault(place, []).append(line["score"] - line["probability"])
+    error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(lines)
+    if right["low"] <= sure <= right["high"]:
+        verdict = "neither too sure nor too unsure is shown"
+    else:
+        verdict = f"the model is too {'sure' if sure > right['value'] else 'unsure'}"
+    return [
+        f"- {one.name}: the mean probability of {len(lines):,} chosen options is {sure:.1%}, and {percent(right)} are "
+        f"right: {verdict}. Expected calibration error: {error:.3f}, in {_BINS} bins."
     ]
 
 
@@ -176,6 +201,7 @@ def not_measured(
     done = {
         "media": NO_MEDIA in variants,
         "conflict": SHUFFLED_MEDIA in variants,
+        "calibration": any(calibration_lines(one) for one in evaluations),
         "probes": any(pair_lines(one) for one in evaluations),
         "yes": any(yes_lines(one) for one in evaluations),
         "language": "language" in labels,

@@ -196,10 +196,11 @@ def _show(done: Evaluation) -> None:
         table.add_row(metric, *(interval_text(own.get(metric)) for own in scores.values()))
     print_whole(table)
     counts = facts["counts"]
+    chosen = f", chosen by hash from {counts['total']:,}" if counts["listed"] < counts["total"] else ""
     lines = [
         facts["media"],
-        f"{counts['items']:,} of {counts['listed']:,} questions; {counts['unparsed']:,} answers could not be read by "
-        f"the parser {facts['settings']['parser']} and are {facts['settings']['unparsed']}",
+        f"{counts['items']:,} of {counts['listed']:,} questions{chosen}; {counts['unparsed']:,} answers could not be "
+        f"read by the parser {facts['settings']['parser']} and are {facts['settings']['unparsed']}",
         *(f"skipped: {count:,} x {reason}" for reason, count in facts["skipped"].items()),
         *(f"note: {note}" for note in facts["notes"]),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,23 @@ from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, with_conversation
 from bindllm.model.bindllm import BindLLM
 
+
+class Choice(NamedTuple):
+    """The chosen option of a multiple choice.
+
+    Args:
+        text: the answer that chooses it.
+        probability: of this answer among those of all options, 0..1.
+    """
+
+    text: str
+    probability: float
+
+
 Answers = Iterator[tuple[list[int], list[str]]]
 """Positions of items, and their answers, for each batch."""
+Choices = Iterator[tuple[list[int], list[Choice]]]
+Answer = TypeVar("Answer", str, Choice)
 
 _CHUNK = 1024
 """Samples whose embeddings are read at a time, so that memory does not grow with their number."""
@@ -62,7 +78,7 @@ def choice_batches(
     *,
     batch_size: int,
     is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
-) -> Answers:
+) -> Choices:
     """Yield positions and, for each multiple choice, the answer with the highest log-likelihood, batch by batch.
 
     The answers of the options differ only in their letter, "The answer is (B).", so they have the same length and need
@@ -70,7 +86,7 @@ def choice_batches(
     """
     pad_id = model.tokenizer.pad_token_id
     for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
-        texts = []
+        choices = []
         # One item at a time: its options are the rows of a batch.
         for item in (items[n] for n in rows):
             answers = [answer_of(item.options, n) for n, option in enumerate(item.options) if option]
@@ -78,8 +94,9 @@ def choice_batches(
             batch = answer_batch(candidates, lookup, pad_id=pad_id)
             output = model(**{name: value.to(model.device) for name, value in batch.items()})
             likely = _log_likelihoods(output.logits, output.targets, output.rows, len(candidates))
-            texts.append(answers[int(likely.argmax())])
-        yield _to_all(positions, texts)
+            best = int(likely.argmax())
+            choices.append(Choice(answers[best], float(likely.softmax(0)[best])))
+        yield _to_all(positions, choices)
 
 
 def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:
@@ -119,10 +136,10 @@ def _distinct_batches(
             yield [every[0] for every in positions], positions
 
 
-def _to_all(positions: Sequence[list[int]], texts: Sequence[str]) -> tuple[list[int], list[str]]:
+def _to_all(positions: Sequence[list[int]], answers: Sequence[Answer]) -> tuple[list[int], list[Answer]]:
     """Return all positions of the inputs of a batch, and the answer of each."""
-    pairs = [(n, text) for every, text in zip(positions, texts, strict=True) for n in every]
-    return [n for n, _ in pairs], [text for _, text in pairs]
+    pairs = [(n, answer) for every, answer in zip(positions, answers, strict=True) for n in every]
+    return [n for n, _ in pairs], [answer for _, answer in pairs]
 
 
 def _answered(item: Sample, answer: str, model: BindLLM) -> Sample:

@@ -201,7 +201,10 @@ class Scheduler:
             return None
         if call.same_as is not None:
             self._end(
-                call, replace(self.outcomes[call.same_as], note=f"the same call as result{call.same_as}")
+                call,
+                replace(
+                    self.outcomes[call.same_as], seconds=0.0, note=f"the same call as result{call.same_as}"
+                ),
             )
             return None
         if failed := sorted(n for n in call.needs if self.outcomes[n].error):

@@ -40,7 +40,7 @@ class Tool:
         returns: modalities of the media that it may return.
 
     Raises:
-        InputError: another name, or parameters that are not a JSON Schema of an object.
+        InputError: another name, or parameters whose type is not object.
 
     Examples:
         >>> @tool
@@ -65,14 +65,6 @@ class Tool:
             )
         if self.parameters.get("type") != "object":
             raise InputError(f"the parameters of the tool {self.name} are not a JSON Schema of type object")
-        with needs_extra("jsonschema", extra="solve", purpose="check the arguments of tools"):
-            from jsonschema import Draft202012Validator, SchemaError
-        try:
-            Draft202012Validator.check_schema(self.parameters)
-        except SchemaError as error:
-            raise InputError(
-                f"the parameters of the tool {self.name} are not a JSON Schema: {error.message[:_LONGEST_FAULT]}"
-            ) from error
 
     def __call__(self, *values: Any, **arguments: Any) -> Any:
         """Call the function itself."""
@@ -207,13 +199,22 @@ def check_tools(tools: Sequence[Tool | Callable[..., Any]]) -> dict[str, Tool]:
     """Return tools by their names; a plain function is declared as one.
 
     Raises:
-        InputError: two tools of one name.
+        InputError: two tools of one name, or parameters that are not a JSON Schema.
+        MissingExtraError: jsonschema is not installed.
     """
+    with needs_extra("jsonschema", extra="solve", purpose="check the arguments of tools"):
+        from jsonschema import Draft202012Validator, SchemaError
     found: dict[str, Tool] = {}
     for one in tools:
         one = one if isinstance(one, Tool) else tool(one)
         if one.name in found:
             raise InputError(f"two tools have the name {one.name!r}; give one of them another name")
+        try:
+            Draft202012Validator.check_schema(one.parameters)
+        except SchemaError as error:
+            raise InputError(
+                f"the parameters of the tool {one.name} are not a JSON Schema: {error.message[:_LONGEST_FAULT]}"
+            ) from error
         found[one.name] = one
     return found
 

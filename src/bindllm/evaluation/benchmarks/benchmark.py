@@ -167,12 +167,14 @@ class Items:
     Attributes:
         items: the items.
         skipped: questions that cannot be asked, and why.
-        num_listed: questions of the benchmark, or of the chosen part of it.
+        num_total: questions of the benchmark.
+        num_listed: those of them that were chosen by a limit.
         duplicates: ids that occurred before; ``#2`` was appended to the second one.
     """
 
     items: list[Item]
     skipped: Skipped
+    num_total: int
     num_listed: int
     duplicates: int
 
@@ -210,7 +212,7 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
         name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
         entries.append(replace(entry, id=name, unit=entry.unit or name))
     chosen = entries if limit is None else _limited(entries, limit)
-    found = Items([], Skipped(), len(chosen), sum(count - 1 for count in seen.values()))
+    found = Items([], Skipped(), len(entries), len(chosen), sum(count - 1 for count in seen.values()))
     config = SourceConfig(
         str(folder), format=benchmark.format, modality=benchmark.modality, prompt=prompt, split="test"
     )

@@ -130,7 +130,7 @@ class EvaluationFolder:
         lines = read_lines(self.path / ITEMS)
         # A cut line stays in the file until the end; a line break separates it from those that are appended.
         with (self.path / ITEMS).open("a", encoding="utf-8") as stream:
-            stream.write("\n" if lines else "")
+            stream.write("\n" if stream.tell() else "")
         return {(line["variant"], line["id"]): line for line in lines}
 
     def _check(self, old: Any, new: Mapping[str, Any]) -> None:

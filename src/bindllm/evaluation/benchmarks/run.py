@@ -26,7 +26,7 @@ from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, make_sample
 from bindllm.encoders import encoder_for
 from bindllm.errors import InputError, check_choice
-from bindllm.evaluation.answering import Answers, answer_batches, choice_batches
+from bindllm.evaluation.answering import Answers, Choice, Choices, answer_batches, choice_batches
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
@@ -158,14 +158,27 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": fingerprint,
         "data": str(root),
-        "settings": asdict(chosen),
+        "settings": {**asdict(chosen), **_choices(model)},
     }
     with folder.locked(), eval_mode(model):
         known = folder.start(facts)
         lookup = _embed(model, found, store, progress)
         run = _Run(model, benchmark, chosen, found.items, root, known, folder)
+        if model.cache:
+            run.notes.append("measured without the visual cache of the model")
         lines = run.measure(found, lookup, progress)
         return folder.finish({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
+
+
+def _choices(model: BindLLM) -> dict[str, Any]:
+    """Return the choices of a caller that change the answers, and that the fingerprint of the model does not cover."""
+    found: dict[str, Any] = {"tokens": model.bind.num_tokens}
+    if model.context is not None:
+        store = model.datastore
+        records = "" if store is None else repr([(record.keys, record.texts) for record in store.records])
+        found["records"] = 0 if store is None else model.context.num_records
+        found["datastore"] = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return found
 
 
 def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool) -> Lookup:
@@ -267,7 +280,7 @@ class _Run:
         ]
         return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
 
-    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers:
+    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers | Choices:
         options: dict[str, Any] = {
             "batch_size": self.settings.batch_size,
             "is_done": lambda positions: all(done[n] for n in positions),
@@ -292,11 +305,15 @@ class _Run:
                 f"{self.folder.path} holds an answer to another question {line['id']!r}: the files of the benchmark "
                 "have changed. Choose another output"
             )
-        return self._line(variant, n, line["answer"])
+        answer = line["answer"]
+        return self._line(
+            variant, n, Choice(answer, line["probability"]) if "probability" in line else answer
+        )
 
-    def _line(self, variant: str, n: int, answer: str) -> Line:
+    def _line(self, variant: str, n: int, answer: str | Choice) -> Line:
         """Return the line of an answer, parsed and scored."""
         item, settings = self.items[n], self.settings
+        answer, probability = answer if isinstance(answer, Choice) else (answer, None)
         name, parse = self.benchmark.parser(settings.parser)
         parsed = parse(answer, item)
         if parsed is None and settings.unparsed == "random":
@@ -317,6 +334,8 @@ class _Run:
             "parsed": parsed,
             "score": scored["score"],
             **({"stats": stats} if stats else {}),
+            # Rounded, so that a line that is read again stays the same.
+            **({} if probability is None else {"probability": round(probability, 6)}),
         }
 
     def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:
@@ -355,6 +374,7 @@ def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, secon
     metric, own = run.benchmark.metric, lines[MODEL]
     return {
         "counts": {
+            "total": found.num_total,
             "listed": found.num_listed,
             "items": len(own),
             "missing_media": sum(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -116,10 +116,7 @@ class CallForm:
         layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
             schema = _arguments(function.get("parameters") or {"properties": {}})
-            (before, middle, end), name = self.pieces, function["name"]
-            start, end = (
-                (before + name + middle, end) if self.has_name_first else (before, middle + name + end)
-            )
+            start, end = self._around(function["name"])
             heads.append(_spaced(start))
             start = f"/{heads[-1]}/" if has_heads else _literal(start)
             rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
@@ -140,6 +137,17 @@ class CallForm:
         else:
             start = [f"start: OTHER | {calls}", f"OTHER: /(?s:.*)/ & ~/({'|'.join(heads)})(?s:.*)/"]
         return "\n".join((*start, f"call: {names}", *rules))
+
+    def has_begun(self, text: str, names: Iterable[str]) -> bool:
+        """Return whether a text has the beginning of a call, after which the grammar lets only a whole one follow."""
+        if mark := self.start.strip():
+            return mark in text
+        return any(re.match(_spaced(self._around(name)[0]), text) for name in names)
+
+    def _around(self, name: str) -> tuple[str, str]:
+        """Return the texts before and after the arguments of a call."""
+        before, middle, after = self.pieces
+        return (before + name + middle, after) if self.has_name_first else (before, middle + name + after)
 
     def read(self, text: str, at: int) -> Call | None:
         """Return the call that starts at a character of a text, after white space, or None."""

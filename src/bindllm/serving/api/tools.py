@@ -184,7 +184,7 @@ class CallReader:
             at = call.stop
         rest = self._held[at:]
         # The grammar lets the model end a call only as a whole.
-        if self._has_call and not is_cut and self._form.start.strip() in rest:
+        if not is_cut and self._form.has_begun(rest, self._names):
             raise ApiError(
                 400,
                 "a stop string has ended the answer inside of a call; leave stop out, or use one that no call has",
