@@ -2,8 +2,7 @@
 
     python docs/draw_captions.py [--checkpoint checkpoints/scenes] [--output docs/captions.png]
 
-The rows are evenly spread over all held-out captions, not chosen by hand. Captions that equal the reference word by word
-are green.
+The rows are evenly spread over all held-out captions, not chosen by hand. Captions that equal the reference are green.
 """
 
 from __future__ import annotations
