@@ -182,7 +182,15 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
     bind = {"depth": 3, "expansion": 4, "norm": "layer", "bias": True, "fusion": "mean", "tokens": 1}
     assert {name: manifest["bind"][name] for name in bind} == bind
     assert manifest["inject"] == {"kind": "value", "queries": True, "layers": None}
-    adapter = {"rank": 16, "alpha": None, "bias": True, "norm": True, "dora": False, "rslora": False}
+    adapter = {
+        "rank": 16,
+        "alpha": None,
+        "bias": True,
+        "norm": True,
+        "dora": False,
+        "media_only": False,
+        "rslora": False,
+    }
     assert manifest["adapter"] == {**adapter, "layers": None}
     assert manifest["decoder"]["template"] == "alpaca"
     assert "non-commercial" in (tmp_path / "m" / "README.md").read_text()
