@@ -30,12 +30,12 @@ def main() -> None:
     rows = [json.loads(line) for line in lines]
     count = ROWS * COLUMNS
     rows = [rows[n * len(rows) // count] for n in range(count)]
-    figure = new_figure(2.9 * ROWS)
+    figure = new_figure(3 * ROWS)
     for axes, row in zip(figure.subplots(ROWS, COLUMNS).flat, rows, strict=True):
         show(axes, np.asarray(open_image(row["media"]).resize((160, 160))), "")
         color = RIGHT if row["exact"] else SECOND
-        axes.set_title(textwrap.fill(row["model"], 20), fontsize=8.5, color=color, fontweight="bold")
-        axes.set_xlabel(textwrap.fill(row["references"][0], 20), fontsize=8.5, color=INK)
+        axes.set_title(textwrap.fill(row["model"], 22), fontsize=7, color=color, fontweight="bold")
+        axes.set_xlabel(textwrap.fill(row["references"][0], 22), fontsize=7, color=INK)
     figure.suptitle(
         "Held-out images: the model's caption above, the true caption below", fontsize=10, color=INK
     )
