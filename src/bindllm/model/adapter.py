@@ -146,6 +146,8 @@ class Adapter:
             # Before the hooks of the injection, which take the keyword out.
             for _, layer in find_layers(decoder.get_decoder(), type(decoder).__name__):
                 layer.register_forward_pre_hook(_note_listeners, with_kwargs=True)
+            # After the last norm, which is outside of the layers. Nothing outlives a forward, also one that failed.
+            decoder.get_decoder().register_forward_hook(_forget_listeners, always_call=True)
         # peft's new layers start in training mode; a frozen decoder is always in eval mode.
         decoder.eval()
         for module in decoder.modules():
@@ -188,6 +190,11 @@ def _note_listeners(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
     """Before a layer runs: note which of its tokens listen to media."""
     context = kwargs.get("bind")
     _LISTENERS.set(None if context is None else context.route.any(-1, keepdim=True))
+
+
+def _forget_listeners(core: nn.Module, args: tuple, output: Any) -> None:
+    """After the decoder has run."""
+    _LISTENERS.set(None)
 
 
 def checkpointed(forward: Callable) -> Callable:
