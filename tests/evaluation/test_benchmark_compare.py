@@ -19,6 +19,7 @@ def write_evaluation(
     """Write an evaluation with a question for each answer; "yes" is true."""
     facts = {"format": 1, "benchmark": benchmark, "metric": "yes_no", "checkpoint": str(folder)}
     facts |= {"settings": {"parser": "yes_no", **settings}, "title": "POPE", "notes": [], "skipped": {}}
+    facts["counts"] = {"items": len(answers)}
     lines = []
     for n, answer in enumerate(answers):
         target = targets[n] if targets else "yes"

@@ -103,6 +103,15 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_file(measure, tmp_
     assert 0 < len(answered) < sum(map(len, resumed.lines.values()))
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.split("\n", 1)[1]])
+def test_a_finished_evaluation_that_lost_a_line_is_refused(measure, damage):
+    """A comparison would be one of other questions."""
+    file = measure().folder / "items.jsonl"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(InputError, match=r"(has lost lines|has a damaged line).*evaluate again"):
+        find_evaluations(file.parent)
+
+
 def test_a_changed_checkpoint_and_changed_settings_are_refused(measure, model):
     measure()
     with shut(model), pytest.raises(InputError, match="holds answers of the checkpoint with the fingerprint"):

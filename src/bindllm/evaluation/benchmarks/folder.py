@@ -68,8 +68,11 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     if not facts["complete"]:
         raise InputError(f"{folder} was interrupted; resume it with the same command, bindllm evaluate")
     lines: dict[str, list[Line]] = {}
-    for line in read_lines(folder / ITEMS):
+    for line in read_lines(folder / ITEMS, is_finished=True):
         lines.setdefault(line["variant"], []).append(line)
+    # A comparison of fewer lines would be one of other questions.
+    if len(lines.get("model", ())) != facts["counts"]["items"]:
+        raise InputError(f"{folder / ITEMS} has lost lines since it was finished; evaluate again")
     return Evaluation(facts, folder, lines)
 
 
@@ -86,16 +89,21 @@ def find_evaluations(folder: str | Path) -> dict[str, Evaluation]:
     return {evaluation.name: evaluation for evaluation in map(read_evaluation, folders)}
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Return the lines of ``items.jsonl``; a last one that was cut by an interruption is dropped."""
+def read_lines(path: Path, *, is_finished: bool = False) -> list[Line]:
+    """Return the lines of ``items.jsonl``; one that was cut by an interruption is dropped.
+
+    Raises:
+        InputError: a line of a finished file cannot be read.
+    """
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").split("\n"):
             try:
                 lines.append(json.loads(text))
-            except ValueError:
-                # The end of the file, or the start of a batch that is computed again.
-                continue
+            except ValueError as error:
+                # Else the end of the file, or the start of a batch that is computed again.
+                if is_finished and text:
+                    raise InputError(f"{path} has a damaged line; evaluate again") from error
     return lines
 
 
