@@ -214,14 +214,14 @@ class RetrievedRecords:
     """A lookup that also returns the records of a datastore, for training and evaluation.
 
     The records of the media itself and those with an equal embedding are excluded: an answer must not be copied from
-    the row that it belongs to. A share of the training media can keep them.
+    the row that it belongs to. Some training media can keep them.
 
     Args:
         embeddings: the embeddings of the data.
         reader: makes tensors of records.
         count: number of records of a media group, K.
         seed: draw the records at random instead of the nearest ones; None: the nearest ones.
-        own: share of the training media that keep their own records (`ContextConfig.own_records`).
+        own: content hashes of the media that keep their own records (`ContextConfig.own_records`).
 
     Attributes:
         itself: records that were excluded because they show the same media, over all media groups.
@@ -236,7 +236,7 @@ class RetrievedRecords:
         count: int,
         *,
         seed: int | None = None,
-        own: float = 0.0,
+        own: Collection[str] = (),
     ) -> None:
         self.embeddings, self.reader, self.count, self._seed, self._own = embeddings, reader, count, seed, own
         self.itself = self.equal = self.kept = 0
@@ -246,7 +246,7 @@ class RetrievedRecords:
         """Find the records of media groups, all at once."""
         wanted = [group for group in dict.fromkeys(groups) if group not in self._found]
         store, keys = self.reader.datastore, [[self.embeddings.key(m) for m in group] for group in wanted]
-        keeps = [self._keeps_own(own) for own in keys]
+        keeps = [all(key in self._own for key in own) for own in keys]
         self.kept += sum(keeps)
         queries = self.embeddings.lookup(wanted)
         # All of them if they are drawn: the order is random, the exclusion is the same.
@@ -270,12 +270,6 @@ class RetrievedRecords:
                 ids = torch.nn.functional.pad(ids[drawn], missing, value=-1)
                 scores = torch.nn.functional.pad(scores[drawn], missing)
             self._found[group] = ids, scores
-
-    def _keeps_own(self, keys: Sequence[str]) -> bool:
-        """Whether media with these content hashes are among the training media that keep their own records."""
-        # By content, so the same in every run. Only training media have records of their own.
-        is_drawn = bool(self._own) and int(keys[0][:8], 16) < self._own * 16**8
-        return is_drawn and any(key in self.reader.datastore for key in keys)
 
     def records(self, groups: Sequence[MediaGroup]) -> tuple[Tensor, Tensor, Tensor]:
         """Return embeddings [N, K, E], scores [N, K] and text ids [N, K, S] of the records of N media groups."""

@@ -133,10 +133,6 @@ class Datastore:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __contains__(self, key: str) -> bool:
-        """Whether a record has media with this content hash."""
-        return key in self._rows
-
     def check_encoders(self, encoders: Sequence[Encoder]) -> None:
         """Refuse a datastore whose embeddings are not in the space of these encoders.
 
