@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import math
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 
 # Version 3.0 only adds names outside of Latin-1 to records, which are refused anyway.
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# numpy parses a header as a Python literal. In CPython 3.11 that can fail in several threads at once
+# (https://github.com/python/cpython/issues/106905), and a good file would be skipped as a damaged one.
+_PARSING = threading.Lock()
 _MAX_MEMBERS = 1000
 _MAX_LINE = 1 << 16
 _BLOCK = 1 << 23
@@ -66,7 +70,8 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
             raise MediaError(f"an NPY file of version {version}; expected 1.0 or 2.0. Save it again")
-        shape, is_fortran, dtype = _HEADERS[version](stream)
+        with _PARSING:
+            shape, is_fortran, dtype = _HEADERS[version](stream)
     except MediaError:
         raise
     # The header is parsed as Python text, so errors in it raise many classes of exception.
