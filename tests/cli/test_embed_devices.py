@@ -177,7 +177,7 @@ def test_a_process_that_fails_says_why_and_stops_the_others(alone):
     code, told, errors = finish(running)
     assert (code, told) == (1, "")
     assert "error in process 1: this device is broken" in errors
-    assert "error: process 1 terminated with exit code 1. Finished embeddings are stored" in errors
+    assert "error: process 1 terminated with exit code 1. Finished work is stored" in errors
     before = len(rows())
     assert before >= 2, "what it had embedded"
     assert embed()[0] == 50 - before

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bindllm.data.messages import RowError
+from bindllm.conversation.messages import RowError
 from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.stream.samples import TarResolver, read_row
 from bindllm.data.stream.shards import TarSample

@@ -32,7 +32,7 @@ def write_evaluation(
         }
         line |= {"variant": "model", "target": target, "answer": f"{answer}.", "parsed": answer}
         lines.append(line | {"score": float(answer == target)})
-    EvaluationFolder(folder / benchmark).finish(facts, {"model": lines})
+    EvaluationFolder(folder / benchmark).close(facts, {"model": lines})
     return folder
 
 

@@ -83,7 +83,7 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_file(measure, tmp_
         calls.append(1)
         if len(calls) == 4:
             # The last line of the batch is cut, as by a kill.
-            with (self.path / "items.jsonl").open("a") as stream:
+            with (self.place / "items.jsonl").open("a") as stream:
                 stream.write('{"id": "adversarial/1", "var')
             raise KeyboardInterrupt
         append(self, lines)

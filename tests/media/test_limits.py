@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import bombs
-from bindllm.data.messages import RecordMedia, parse_messages
+from bindllm.conversation.messages import RecordMedia, parse_messages
 from bindllm.embeddings.embedder import embed_groups
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media, limits, open_image

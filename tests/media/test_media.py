@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bindllm.errors import InputError, MediaError
@@ -111,3 +114,57 @@ def test_pipes_and_devices_are_refused_at_once(modality, tmp_path):
 def test_hash_of_a_missing_file():
     with pytest.raises(MediaError, match=r"missing\.wav: cannot be opened"):
         Media.audio("missing.wav").content_hash()
+
+
+def test_open_files_and_data_uris_are_the_bytes_of_the_file(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(buffer, "PNG")
+    content = buffer.getvalue()
+    (tmp_path / "a.png").write_bytes(content)
+    # The buffer stands at its end, as after every `save`.
+    sources = [buffer, memoryview(content), f"data:image/png;base64,{base64.b64encode(content).decode()}"]
+    with (tmp_path / "a.png").open("rb") as stream:
+        sources.append(stream)
+        hashes = {Media.image(source).content_hash() for source in sources}
+    assert hashes == {Media.image(content).content_hash()}
+    assert Media.text("data:,x").source == "data:,x"
+    with pytest.raises(MediaError, match="has no data, or data that are not base64"):
+        Media.image("data:image/png;base64,!!")
+    with pytest.raises(InputError, match="open it with mode 'rb'"):
+        Media.image(io.StringIO("x"))
+
+
+def test_tensors_of_torch_are_arrays_with_the_channels_last():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for given in (tensor, tensor / 255, (tensor / 255).bfloat16().float()):
+        assert np.abs(np.int16(Media.image(given).source) - np.int16(pixels)).max() <= (given is not tensor)
+    assert Media.video(tensor[None]).source.shape == (1, 2, 5, 3)
+    assert Media.image(tensor[:1]).source.shape == (2, 5)
+    assert Media.depth(torch.ones(1, 2, 5)).source.shape == (2, 5)
+    assert Media.point(torch.ones(7, 3, dtype=torch.bfloat16)).source.dtype == np.float32
+    with pytest.raises(InputError, match="undo its normalization"):
+        Media.image(tensor.float() - 100)
+
+
+def test_samples_with_their_rate():
+    tone = np.sin(np.arange(44_100, dtype=np.float32) / 20)
+    media = Media.audio(tone, sampling_rate=44_100)
+    [values] = cut_audio(media.source, rate=16_000, cut=lambda length: [(0, length)])
+    assert values.shape == (1, 16_000)
+    # As datasets give them, and from torch.
+    for other in (
+        {"array": tone, "sampling_rate": 44_100},
+        {"array": torch.from_numpy(tone), "sampling_rate": 44_100},
+    ):
+        assert Media.audio(other).content_hash() == media.content_hash()
+    assert media.content_hash() != Media.audio(tone).content_hash()
+    assert Media.audio(tone, sampling_rate=16_000).content_hash() == Media.audio(tone).content_hash()
+    for source, rate, words in (
+        (tone, 0, "expected samples a second"),
+        ("a.wav", 8_000, "has a rate of its own"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Media.audio(source, sampling_rate=rate)
+    with pytest.raises(MediaError, match="samples a second"):
+        cut_audio(Media.audio(tone, sampling_rate=10**6).source, rate=16_000, cut=lambda length: [(0, 1)])

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import GenerationConfig
 
@@ -531,3 +532,90 @@ def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_
     for seen, positions in heard:
         assert torch.equal(seen, mask)
         assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 2, 3, 4]]
+
+
+def test_messages_as_programs_write_them(any_kind, tmp_path):
+    import base64
+    import io
+
+    model, pixels = any_kind, image("red").source
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    (tmp_path / "red.png").write_bytes(buffer.getvalue())
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    parts = (
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "image", "image": Image.fromarray(pixels)},
+        {"type": "image", "path": str(tmp_path / "red.png")},
+        {"type": "image", "url": (tmp_path / "red.png").as_uri()},
+        {"type": "image", "image": buffer},
+        {"type": "image", "image": torch.from_numpy(pixels).permute(2, 0, 1)},
+    )
+    asked, short = {"type": "text", "text": "What?"}, {"max_new_tokens": 8}
+    own = model.generate("What?", [image("red")], **short)
+    chats = [[{"role": "user", "content": [part, asked]}] for part in parts]
+    chats += [
+        [{"role": "user", "content": [{"type": "image"}, asked]}],
+        [{"role": "user", "content": "<image>What?"}],
+    ]
+    rows = [[]] * len(parts) + [[image("red")]] * 2
+    assert model.generate(chats, rows, **short) == [own] * len(chats)
+    # One conversation gives one text, and earlier turns count.
+    longer = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}, *chats[0]]
+    turns = Message("user", "Hi"), Message("assistant", ""), Message("user", [image("red"), "What?"])
+    assert model.generate(longer, **short) == model.generate(Conversation(turns), **short)
+    assert "".join(model.stream(chats[0], **short)) == own
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "imgae", "image": "a.png"}]}],
+            "unknown content part 'imgae'",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "https://a.b/c.png"}]}],
+            "download it first",
+        ),
+        ([{"role": "user", "content": [{"type": "image", "image": "no.png"}]}], "no.png"),
+        ([{"role": "bot", "content": "Hi"}], "unknown role 'bot'"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "already an answer"),
+    ],
+)
+def test_messages_that_cannot_be_used(model, messages, words):
+    with pytest.raises((InputError, MediaError), match=words):
+        model.generate(messages)
+
+
+def test_a_seed_gives_the_same_answers_and_leaves_the_global_state(model):
+    options = {"media": [image("red")], "max_new_tokens": 12, "temperature": 1.5}
+    state = torch.get_rng_state()
+    answers = [model.generate("What?", seed=seed, **options) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert "".join(model.stream("What?", seed=1, **options)) == answers[0]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_log_probability_is_that_of_each_token(any_kind):
+    model, media = any_kind, [image("red")]
+    answers = ["red", "a blue square", ""]
+    found = model.log_probability("What?", answers, media)
+    for answer, value in zip(answers, found, strict=True):
+        ids, mask, index, embeddings, tokens = model.prepare("What?", media)
+        total = 0.0
+        # Token by token, each after those before it.
+        for token in [
+            *model.tokenizer(answer, add_special_tokens=False)["input_ids"],
+            model.tokenizer.eos_token_id,
+        ]:
+            logits = model(ids, mask, index, embeddings, tokens=tokens).logits[0, -1]
+            total += logits.log_softmax(-1)[token].item()
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+            mask, index = torch.ones_like(ids), torch.cat([index, index[:, -1:]], 1)
+        assert value == pytest.approx(total, abs=1e-3)
+    assert model.log_probability("What?", "red", media) == pytest.approx(found[0], abs=1e-3)
+    pairs = model.log_probability(["What?", "Who, then?"], ["red", "blue"], [media, []])
+    assert pairs == pytest.approx([found[0], model.log_probability("Who, then?", "blue")], abs=1e-3)
+    with pytest.raises(InputError, match="2 prompts but 1 answers"):
+        model.log_probability(["a", "b"], "red")

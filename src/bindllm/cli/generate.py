@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -26,6 +27,7 @@ from bindllm.shots import RETRIEVED, Shot, ShotsBy
 
 if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
+    from bindllm.parallel import RunContext
 
 NUM_SHOTS = 4
 
@@ -79,7 +81,8 @@ class SamplingOptions:
         """The options of `BindLLM.generate` that have a value."""
         # Seed and streaming belong to the command; all others have the names of Hugging Face.
         options = {name: value for name, value in asdict(self).items() if name not in ("seed", "stream")}
-        return {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value not in (None, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,42 @@ class DecodingOptions(SamplingOptions):
     """number of beams of a beam search"""
     stream: bool = False
     """print the answer while it is generated"""
+    stop_strings: tuple[str, ...] = ()
+    """a text that ends the answer and is its last part; may be repeated"""
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Table of questions (docs/generate.md)."""
+
+    input: str | None = None
+    """table of questions in any format of docs/data.md, with or without answers; needs --output"""
+    output: str | None = None
+    """file for the answers, such as answers.jsonl: one line for each row of the table, in its order. An interrupted
+    command resumes"""
+    batch_size: PositiveInt = 16
+    """rows of the table that are answered at the same time"""
+    devices: PositiveInt = 1
+    """number of devices that share the rows"""
+    log_probability: bool = False
+    """also write the log-probability of each answer"""
+    inside_only: bool = False
+    """refuse files outside of the folder of the table: for tables that you do not trust"""
+
+    def check(self, **others: Any) -> None:
+        """Refuse options that contradict each other.
+
+        Args:
+            **others: options about a single question.
+        """
+        if self.input is None and self != TableOptions():
+            raise UsageError(
+                "--output, --devices and the other options of a table need one: give --input TABLE"
+            )
+        if self.input is not None and self.output is None:
+            raise UsageError("--input needs a file for the answers: give --output answers.jsonl")
+        for name, value in others.items() if self.input is not None else ():
+            refuse_together(input=self.input, **{name: value})
 
 
 @dataclass(frozen=True)
@@ -211,13 +250,21 @@ class ModelOptions:
     allow: tuple[str, ...] = ()
     """import path of a class outside bindllm that the checkpoint may name; may be repeated"""
 
-    def load(self, checkpoint: str, overrides: Sequence[str], *, cache: str | bool | None) -> BindLLM:
-        """Load a checkpoint; ``cache`` and ``overrides`` as for `BindLLM.from_pretrained` and `build_encoders`."""
+    def load(
+        self,
+        checkpoint: str,
+        overrides: Sequence[str],
+        *,
+        cache: str | bool | None,
+        device: str | None = None,
+    ) -> BindLLM:
+        """Load a checkpoint; ``overrides`` as for `build_encoders`, the others as for `BindLLM.from_pretrained`."""
         from bindllm.model.bindllm import BindLLM
 
         return BindLLM.from_pretrained(
             checkpoint,
             decoder=self.decoder,
+            device=device,
             allow=self.allow,
             encoders=build_encoders(self.encoder, overrides, allow=self.allow),
             cache=cache,
@@ -260,20 +307,22 @@ def generate(
     prompt: str = "Describe this image.",
     *,
     media: MediaOptions = MediaOptions(),
+    table: TableOptions = TableOptions(),
     examples: ShotOptions = ShotOptions(),
     decoding: DecodingOptions = DecodingOptions(),
     model: ModelOptions = ModelOptions(),
     cache: ModelCacheOptions = ModelCacheOptions(),
     overrides: Sequence[str] = (),
 ) -> int:
-    """Ask a checkpoint about images, audio and other media.
+    """Ask a checkpoint about images, audio and other media, or all questions of a table.
 
     Several media are fused into one embedding.
 
     Args:
         checkpoint: folder that bindllm fit wrote
-        prompt: the question
+        prompt: the question; with a table, that of rows which have media and no question
         media: files that the question is about
+        table: questions, and where the answers go
         examples: worked examples
         decoding: how the answer is found
         model: decoder and further encoders
@@ -288,17 +337,16 @@ def generate(
     if decoding.stream and (decoding.num_beams or 1) > 1:
         raise UsageError("--stream cannot show a beam search: its answer is known only at its end")
     # Files are named here and opened by the encoders.
-    shown, table = media.read(), examples.read(prompt)
+    shown, shots = media.read(), examples.read(prompt)
+    table.check(
+        media=tuple(shown), shots=examples.shots, stream=decoding.stream, show_neighbors=cache.show_neighbors
+    )
+    if table.input is not None:
+        return _answer_table(checkpoint, prompt, table, decoding, model, cache, overrides)
     loaded = load_with_cache(checkpoint, model, cache, overrides)
-
-    # Imported late, so that --help and wrong options answer at once.
-    import torch
-
-    given = decoding.given
-    if table:
-        given["shots"] = examples.choose(table, loaded, prompt, shown, seed=decoding.seed)
-    # Only sampling uses it.
-    torch.manual_seed(decoding.seed)
+    given = {**decoding.given, "seed": decoding.seed}
+    if shots:
+        given["shots"] = examples.choose(shots, loaded, prompt, shown, seed=decoding.seed)
     if decoding.stream:
         # Control characters are escaped in each piece: a model may print any byte.
         for piece in loaded.stream(prompt, shown, **given):
@@ -311,6 +359,45 @@ def generate(
     return 0
 
 
+def _answer_table(
+    checkpoint: str,
+    prompt: str,
+    table: TableOptions,
+    decoding: DecodingOptions,
+    model: ModelOptions,
+    cache: LoadCacheOptions,
+    overrides: Sequence[str],
+) -> int:
+    """Answer the rows of a table, on one device or several; return the exit code."""
+    # Imported late, so that --help and wrong options answer at once.
+    from bindllm.cli.recipes.fit import launch
+    from bindllm.cli.recipes.recipe import quiet
+    from bindllm.evaluation.answering.table import generate_table
+
+    counts = []
+
+    def work(context: RunContext) -> None:
+        loaded = load_with_cache(checkpoint, model, cache, overrides, device=str(context.device))
+        source = SourceConfig(table.input, allow_outside=not table.inside_only)
+        options = {"batch_size": table.batch_size, "log_probability": table.log_probability, "prompt": prompt}
+        options |= {"context": context, "seed": decoding.seed, **decoding.given}
+        counts.append(generate_table(loaded, source, table.output, **options))
+
+    own = {"table": table, "decoding": decoding, "model": model, "cache": cache, "overrides": overrides}
+    with quiet():
+        # The other processes run this command again, from its start.
+        is_first = launch(
+            {"devices": table.devices}, work, again=partial(generate, checkpoint, prompt, **own)
+        )
+    if not is_first or not counts:
+        return 0
+    rows, errors = counts[0]
+    print(
+        f"{table.output}: {rows - errors:,} answers" + (f", {errors:,} rows with an error" if errors else "")
+    )
+    return 1 if rows and errors == rows else 0
+
+
 def _print_notes(lines: Iterable[str]) -> None:
     """Print facts about the shots next to the answer, not into it."""
     for line in lines:
@@ -318,11 +405,16 @@ def _print_notes(lines: Iterable[str]) -> None:
 
 
 def load_with_cache(
-    checkpoint: str, options: ModelOptions, cache: LoadCacheOptions, overrides: Sequence[str]
+    checkpoint: str,
+    options: ModelOptions,
+    cache: LoadCacheOptions,
+    overrides: Sequence[str],
+    *,
+    device: str | None = None,
 ) -> BindLLM:
     """Load the checkpoint, and change how its cache is blended in as the options say."""
     # None: the cache that the checkpoint names.
-    model = options.load(checkpoint, overrides, cache=False if cache.no_cache else cache.cache)
+    model = options.load(checkpoint, overrides, cache=False if cache.no_cache else cache.cache, device=device)
     # An option without effect would give an answer other than the user expects.
     if model.cache is None and cache.needing_cache:
         raise UsageError(

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bindllm.data.messages import RowError
+from bindllm.conversation.messages import RowError
 from bindllm.errors import InputError, printable
 
 if TYPE_CHECKING:

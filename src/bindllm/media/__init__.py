@@ -19,7 +19,16 @@ from PIL import Image
 
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media.images import MAX_PIXELS, is_inverted, open_image
-from bindllm.media.source import CHUNK, SUFFIXES, Source, name_of, open_stream
+from bindllm.media.source import (
+    CHUNK,
+    SUFFIXES,
+    Source,
+    Waveform,
+    name_of,
+    open_stream,
+    plain_source,
+    with_rate,
+)
 
 __all__ = [
     "MAX_PIXELS",
@@ -62,7 +71,8 @@ class Media:
 
     Args:
         modality: one of `MODALITIES`, or any lower-case word that an encoder serves, such as ``"radar"``.
-        source: a path, the bytes of a file, an array or a Pillow image; for text, the text itself.
+        source: a path, a ``data:`` URI, an open file or its bytes, an array, a tensor or a Pillow image; for text, the
+            text itself. Open files, URIs and tensors are turned into bytes and arrays at once (`plain_source`).
         weight: share of this media if several are fused into one group; finite and above 0.
 
     Raises:
@@ -86,6 +96,8 @@ class Media:
                 f"a modality is a lower-case word, not {self.modality!r}. "
                 f"{did_you_mean(str(self.modality).lower(), MODALITIES)}"
             )
+        # The way to set a field of a frozen dataclass.
+        object.__setattr__(self, "source", plain_source(self.modality, self.source))
         # A str is always the text itself, never the path of a text file.
         expected = (str,) if self.modality == "text" else get_args(Source)
         if not isinstance(self.source, expected):
@@ -103,7 +115,7 @@ class Media:
 
     @classmethod
     def image(cls, source: Source, weight: float = 1.0) -> Media:
-        """Return an image: path, bytes of a file, array [H, W, 3] of uint8, or Pillow image."""
+        """Return an image: path, bytes of a file, array [H, W, 3] of uint8, tensor [3, H, W], or Pillow image."""
         return cls("image", source, weight)
 
     @classmethod
@@ -112,9 +124,18 @@ class Media:
         return cls("video", source, weight)
 
     @classmethod
-    def audio(cls, source: Source, weight: float = 1.0) -> Media:
-        """Return audio: path or bytes of a file, or an array of samples."""
-        return cls("audio", source, weight)
+    def audio(cls, source: Source, weight: float = 1.0, *, sampling_rate: int | None = None) -> Media:
+        """Return audio: path or bytes of a file, or an array [N] or [C, N] of samples.
+
+        Args:
+            source: the audio; an array holds int16, or floats in -1..1.
+            weight: as for `Media`.
+            sampling_rate: of an array, in samples a second (default: 16,000).
+
+        Raises:
+            InputError: a rate that is not a whole number above 0, or a rate for a file.
+        """
+        return cls("audio", with_rate(plain_source("audio", source), sampling_rate), weight)
 
     @classmethod
     def text(cls, source: str, weight: float = 1.0) -> Media:
@@ -199,7 +220,8 @@ def _content(source: Source | BinaryIO, *, is_text: bool) -> Iterator[bytes | me
         yield b"text\n" + str(source).encode("utf-8", "surrogatepass")
     elif isinstance(source, np.ndarray):
         # The same bytes with another shape or type are another array.
-        yield f"array {source.dtype.str} {source.shape}\n".encode()
+        rate = f" {source.rate}" if isinstance(source, Waveform) else ""
+        yield f"array {source.dtype.str} {source.shape}{rate}\n".encode()
         yield np.ascontiguousarray(source).tobytes()
     elif isinstance(source, Image.Image):
         # Everything that changes the conversion to RGB: EXIF orientation (0x0112), transparency and palette.

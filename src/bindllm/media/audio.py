@@ -15,15 +15,12 @@ import numpy as np
 from bindllm.errors import MediaError, reading
 from bindllm.media.container import open_track, packets
 from bindllm.media.limits import at_most
-from bindllm.media.source import Source, name_of
+from bindllm.media.source import ARRAY_RATE, Source, Waveform, name_of
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.packet import Packet
-
-ARRAY_RATE = 16_000
-"""Sample rate of audio that is given as an array."""
 
 MAX_SECONDS = 24 * 3600
 """Longest audio that is read; a few kilobytes can claim years of silence."""
@@ -72,7 +69,7 @@ def cut_audio(
 
     Args:
         source: path or bytes of an audio file or of a video with an audio track, or an array [N] or [C, N] of
-            int16 or floats at `ARRAY_RATE`.
+            int16 or floats at `ARRAY_RATE`, or at the rate of a `Waveform`.
         rate: samples a second of the parts.
         cut: gets the length in samples at ``rate`` and returns spans (start, stop) at ``rate``; they are
             limited to the length.
@@ -170,11 +167,13 @@ def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
     if not fits or (array.ndim == 2 and not 1 <= len(array) <= MAX_CHANNELS):
         raise MediaError(
             f"expected samples [N] or [C, N] (at most {MAX_CHANNELS} channels) of int16 or floats "
-            f"in -1..1 at {ARRAY_RATE} a second"
+            f"in -1..1 at {ARRAY_RATE} a second, or at the sampling_rate that is given"
         )
-    channels = np.atleast_2d(array)
+    rate = array.rate if isinstance(array, Waveform) else ARRAY_RATE
+    channels = np.atleast_2d(np.asarray(array))
+    _check_layout(rate, len(channels))
     for start in range(0, channels.shape[1], _BLOCK):
-        yield _Block(ARRAY_RATE, channels[:, start : start + _BLOCK])
+        yield _Block(rate, channels[:, start : start + _BLOCK])
 
 
 def _file_blocks(source: Source, *, warn: bool) -> Iterator[_Block]:

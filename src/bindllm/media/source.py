@@ -1,24 +1,30 @@
-"""The content of media: its types, its name in messages, its file endings, and how its bytes are opened."""
+"""The content of media: the forms it may have, its name in messages, its file endings, and how its bytes are opened."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO, Self
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, reading
+from bindllm.errors import InputError, MediaError, reading
 
 Source = str | Path | bytes | np.ndarray | Image.Image
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
+
+ARRAY_RATE = 16_000
+"""Sample rate of audio that is given as an array without a rate of its own."""
 
 SUFFIXES: dict[str, frozenset[str]] = {
     "image": frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".svgz")),
@@ -44,6 +50,88 @@ class NamedBytes(bytes):
         named = super().__new__(cls, content)
         named.name = name
         return named
+
+
+class Waveform(np.ndarray):
+    """Samples [N] or [C, N] with their rate.
+
+    Examples:
+        >>> Waveform(np.zeros(441), 44_100).rate
+        44100
+    """
+
+    rate: int
+
+    def __new__(cls, samples: np.ndarray, rate: int) -> Self:
+        """Return a view of the samples with a rate, in samples a second."""
+        view = np.asarray(samples).view(cls)
+        view.rate = rate
+        return view
+
+
+def plain_source(modality: str, source: Any) -> Any:
+    """Return a source in one of the forms of `Source`, if it can be turned into one.
+
+    An open file gives its bytes, from its start; a ``data:`` URI its content; a tensor an array; and
+    ``{"array": ..., "sampling_rate": ...}`` a `Waveform`. The pixels of a tensor are [..., C, H, W], uint8 or floats
+    from 0 to 1.
+
+    Raises:
+        InputError: a file that was opened as text, or pixels out of their range.
+        MediaError: a ``data:`` URI without content.
+    """
+    match source:
+        case str() if modality != "text" and source[:5].lower() == "data:" and "," in source:
+            return read_data_uri(source)
+        case bytearray() | memoryview():
+            return bytes(source)
+        case io.IOBase():
+            # A buffer that was just written stands at its end.
+            if source.seekable():
+                source.seek(0)
+            if isinstance(content := source.read(), str):
+                raise InputError(f"a file with {modality} media was opened as text; open it with mode 'rb'")
+            return content
+        case Mapping() if modality == "audio" and source.get("array") is not None:
+            samples = plain_source(modality, source["array"])
+            return with_rate(np.asarray(samples), source.get("sampling_rate"))
+    # Looked up, so that media do not import torch: without it there are no tensors.
+    torch = sys.modules.get("torch")
+    return _from_tensor(modality, source) if torch and isinstance(source, torch.Tensor) else source
+
+
+def with_rate(source: Any, rate: int | None) -> Any:
+    """Return samples with their rate, in samples a second; None: `ARRAY_RATE`.
+
+    Raises:
+        InputError: the rate is not a whole number above 0, or the source is not an array: a file has a rate of its own.
+    """
+    if rate in (None, ARRAY_RATE):
+        return source
+    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or rate < 1:
+        raise InputError(f"sampling_rate is {rate!r}; expected samples a second, such as 44100")
+    if not isinstance(source, np.ndarray):
+        raise InputError(f"sampling_rate belongs to an array; {name_of(source)} has a rate of its own")
+    return Waveform(source, int(rate))
+
+
+def _from_tensor(modality: str, tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if modality in ("depth", "thermal") and array.ndim == 3 and len(array) == 1:
+        return array[0]
+    if modality not in ("image", "video") or array.ndim < 3:
+        return array
+    if array.dtype.kind == "f":
+        # Written so that NaN fails too. A normalized tensor would give other colors without a word.
+        if not (array.size and array.min() >= 0 and array.max() <= 1):
+            raise InputError(
+                f"a tensor with {modality} media holds values outside of 0..1; undo its normalization"
+            )
+        array = (array * 255).round().astype(np.uint8)
+    if array.shape[-3] in (1, 3, 4):
+        array = np.moveaxis(array, -3, -1)
+    return array[..., 0] if array.shape[-1] == 1 else array
 
 
 def name_of(source: Source) -> str:
@@ -82,6 +170,37 @@ def local_path(address: str) -> str:
         raise MediaError("a file: URL of another machine")
     # It spells special characters as %20 and so on.
     return unquote(url.path)
+
+
+def from_base64(text: str) -> bytes | None:
+    """Return the bytes that a text holds in base64, or None if it is not base64."""
+    try:
+        # Writers wrap base64 in lines; empty content is not media.
+        return base64.b64decode("".join(text.split()), validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
+
+
+def read_data_uri(uri: str) -> bytes:
+    """Return the content of a ``data:`` URI.
+
+    Raises:
+        MediaError: it has no content, or the content is not base64.
+
+    Examples:
+        >>> read_data_uri("data:text/plain;base64,aGk="), read_data_uri("data:,a%20cat")
+        (b'hi', b'a cat')
+    """
+    # Not `urllib`, which opens the URLs of every other scheme too.
+    head, comma, data = uri.partition(",")
+    is_base64 = head.lower().endswith(";base64")
+    # Few writers escape the characters + / = of base64.
+    text = unquote_to_bytes(data).decode("latin-1") if "%" in data and is_base64 else data
+    content = from_base64(text) if is_base64 else unquote_to_bytes(data)
+    if not comma or not content:
+        fault = "has no comma before its data" if not comma else "has no data, or data that are not base64"
+        raise MediaError(f"a data: URI {fault}; expected data:image/png;base64,iVBORw0...")
+    return content
 
 
 @contextmanager

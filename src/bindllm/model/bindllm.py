@@ -20,13 +20,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
-from bindllm.conversation import Conversation
 from bindllm.embeddings.datastore import Datastore
 from bindllm.embeddings.embedder import GroupEmbeddings, RecentEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
-from bindllm.errors import InputError, did_you_mean
+from bindllm.errors import InputError
 from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig, checkpointed
 from bindllm.model.bind_network import BindConfig, BindNetwork
@@ -49,11 +48,16 @@ from bindllm.model.generation import (
     check_options,
     decode_answers,
     generate_options,
+    is_one,
+    part_modalities,
     prepare_batch,
+    seeded,
     shots_limit,
     stream_text,
 )
+from bindllm.model.generation.scores import log_probability
 from bindllm.model.generation.shared import Prompts, generate_ids
+from bindllm.model.groups import parameter_groups, set_trainable
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.pretrained import load_model
 
@@ -172,33 +176,11 @@ class BindLLM(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return the trainable groups: names, and the parameters under the names of the checkpoint."""
-        groups = {
-            "bind": [(f"bind.{name}", value) for name, value in self.bind.named_parameters()],
-            "inject": [(f"injection.{name}", value) for name, value in self.injection.named_parameters()],
-        }
-        groups |= {} if self.adapter is None else {"adapter": [*self.adapter.parameters().items()]}
-        if self.context is not None:
-            members = [*groups["inject"], *((f"context.{n}", p) for n, p in self.context.named_parameters())]
-            # The group has gates of its own, so it can be trained without changing the rest.
-            groups |= {"inject": [], "context": []}
-            for name, value in members:
-                is_own = name.startswith(("context.", "injection.context_"))
-                groups["context" if is_own else "inject"].append((name, value))
-        return groups
+        return parameter_groups(self)
 
     def set_trainable(self, names: Sequence[str]) -> None:
         """Let the named groups be trained and freeze everything else."""
-        groups = self.parameter_groups()
-        for name in names:
-            if name not in groups:
-                example = {"adapter": "adapter: {rank: 16}", "context": "context: {records: 3}"}.get(name)
-                hint = f"Give the model one, such as {example}. " if example else ""
-                raise InputError(f"unknown parameter group {name!r}. {hint}{did_you_mean(name, groups)}")
-        # Freeze first: the groups below are the only parameters that may get gradients.
-        self.requires_grad_(False)
-        for name in names:
-            for _, parameter in groups[name]:
-                parameter.requires_grad_(True)
+        set_trainable(self, names)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the tensors of all groups by name, as a checkpoint holds them."""
@@ -330,8 +312,8 @@ class BindLLM(nn.Module):
             media_index: [B, T].
             embeddings: [B, M, E], or None for a batch without media.
             tokens: [B, M, n, C], as for `forward`, or None.
-            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds. Also records, as for
-                `forward`.
+            **options: as for Hugging Face ``generate``; nothing else but `answer_settings` holds. Also ``seed`` of
+                sampling, and records, as for `forward`.
 
         Returns:
             ids of the answers only, [B * returned sequences, at most max_new_tokens].
@@ -342,6 +324,7 @@ class BindLLM(nn.Module):
         # Hugging Face fills options that a call leaves out from here.
         self.decoder.generation_config = self.settings
         records = {name: options.pop(name) for name in CONTEXT_INPUTS if name in options}
+        seed = options.pop("seed", None)
         options = generate_options(
             options, width=input_ids.shape[1], positions=num_positions(self.decoder.config)
         )
@@ -350,7 +333,8 @@ class BindLLM(nn.Module):
         media = {} if embeddings is None else {"embeddings": embeddings, "tokens": tokens, **records}
         media = {name: value.to(self.device) for name, value in media.items() if value is not None}
         prompts = Prompts(*(x.to(self.device) for x in (input_ids, attention_mask, media_index)), media)
-        return generate_ids(self.decoder, prompts, options, self._bound, self.injection.holding)
+        with seeded(seed, self.device):
+            return generate_ids(self.decoder, prompts, options, self._bound, self.injection.holding)
 
     def generate(
         self,
@@ -360,21 +344,24 @@ class BindLLM(nn.Module):
         shots: Sequence[Any] | None = None,
         cache: CacheChoice = None,
         datastore: Datastore | bool | None = None,
+        recent: RecentEmbeddings | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Answer one prompt, or a batch of prompts each with its own media.
 
         Args:
-            prompt: a text or a `Conversation`, or a list of them.
-            media: for one text the list of its media, fused into one embedding; for a list of texts one such list
-                each (empty: no media).
+            prompt: a text, a `Conversation` or OpenAI-style messages (`read_conversation`), or a list of them.
+            media: for one prompt the list of its media, fused into one embedding; for several prompts one such list
+                each (empty: no media). With messages, they go to parts and placeholders without media.
             shots: worked examples (`Shot`) before the question: one list for all prompts, or one for each. Those that
                 do not fit are skipped with a warning, the first ones first (docs/few-shot.md).
             cache: the visual cache, as for `encode`.
             datastore: the records that a model with context reads; None: the model's own, False: none.
+            recent: as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
-                ``top_p``, ``num_beams``, ``stop_strings``, ...). Without any, the answer is greedy and at most 128
-                tokens long, whatever the decoder's folder recommends (docs/answers.md).
+                ``top_p``, ``num_beams``, ``stop_strings``, ...), and ``seed``, with which sampling gives the same
+                answers again. Without any, the answer is greedy and at most 128 tokens long, whatever the decoder's
+                folder recommends (docs/answers.md).
 
         Returns:
             the answer, or a list of answers in the order of the prompts.
@@ -384,11 +371,21 @@ class BindLLM(nn.Module):
             MediaError: a file that cannot be read.
         """
         options = check_options(options)
-        batch = self.prepare(prompt, media, cache, shots, **options)
+        batch = self.prepare(prompt, media, cache, shots, recent=recent, **options)
         answers = self.generate_from(*batch, **find_records(self, batch[3], datastore), **options)
         texts = self.decode(answers)
         # Several returned sequences of one prompt stay a list.
-        return texts[0] if isinstance(prompt, str | Conversation) and len(texts) == 1 else texts
+        return texts[0] if is_one(prompt) and len(texts) == 1 else texts
+
+    def log_probability(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        answer: str | Sequence[str],
+        media: Any = None,
+        **options: Any,
+    ) -> float | list[float]:
+        """Return the log-probability of an answer in nats; arguments as for `scores.log_probability`."""
+        return log_probability(self, prompt, answer, media, **options)
 
     def decode(self, answers: Tensor) -> list[str]:
         """Return the texts of generated ids, [N, A], without control tokens and surrounding white space."""
@@ -422,7 +419,8 @@ class BindLLM(nn.Module):
         modalities = self.bind_config.token_modalities if self.bind.num_tokens > 1 else ()
         own = {"cache": cache, "token_modalities": modalities, "recent": options.pop("recent", None)}
         limit, encode = shots_limit(options, num_positions(self.decoder.config)), partial(self._encode, **own)
-        return prepare_batch(prompt, media, shots, limit=limit, tokenizer=self.tokenizer, encode=encode)
+        more = {"tokenizer": self.tokenizer, "modalities": part_modalities(self.encoders)}
+        return prepare_batch(prompt, media, shots, limit=limit, encode=encode, **more)
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest of the model: its configs, its decoder and encoders with their fingerprints."""

@@ -48,7 +48,7 @@ PATIENCE = timedelta(days=1)
 GRACE_SECONDS = 60.0
 """Time in which a process that is asked to stop must have written its results."""
 
-RESUME = "Finished embeddings are stored: run the same command again, with any number of processes"
+RESUME = "Finished work is stored: run the same command again, with any number of processes"
 
 # Set for the processes that Lightning starts from the first one.
 _STARTED_LATER = "BINDLLM_STARTED_LATER"
@@ -295,8 +295,8 @@ def _fabric(options: Mapping[str, Any]) -> Fabric:
         count = os.environ.get(name, "1")
         if fabric.world_size == 1 and count.isdecimal() and int(count) > 1:
             raise InputError(
-                f"{count} processes were started ({name}), but the recipe asks for one device on one node, so each "
-                f"would do all of the work; set --trainer.devices and --trainer.num_nodes"
+                f"{count} processes were started ({name}), but the command asks for one device on one node, so each "
+                "would do all of the work; set --trainer.devices and --trainer.num_nodes (bindllm generate: --devices)"
             )
     return fabric
 

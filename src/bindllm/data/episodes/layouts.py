@@ -12,9 +12,9 @@ from pathlib import Path
 from random import Random
 
 from bindllm.conversation import Conversation, Message
+from bindllm.conversation.messages import MediaResolver, RowError
 from bindllm.data.episodes.draw import make_episode, name_classes, shuffled
 from bindllm.data.formats.columns import as_list, as_text
-from bindllm.data.messages import MediaResolver, RowError
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig, Split

@@ -13,8 +13,7 @@ from dataclasses import replace
 from string import ascii_uppercase
 
 from bindllm.conversation import INPUT_HEADER, Conversation, Message, Role
-from bindllm.data.formats.columns import Fields, as_list, as_text, from_json, json_list
-from bindllm.data.messages import (
+from bindllm.conversation.messages import (
     BETWEEN,
     MediaResolver,
     RecordMedia,
@@ -24,6 +23,7 @@ from bindllm.data.messages import (
     parse_messages,
     role_of,
 )
+from bindllm.data.formats.columns import Fields, as_list, as_text, from_json, json_list
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import Record
@@ -121,13 +121,13 @@ def choice(fields: Fields) -> Row:
 
     Media are optional. The reference is the sentence that `answer_of` writes, with or without a rationale.
     """
-    options, labels = _options(fields)
+    options, labels = options_of(fields)
     right = answer_of(options, _index(fields, options, labels))
     answer = right
     if fields.config.rationale:
         answer = "\n".join([*filter(None, (fields.text("lecture"), fields.text("solution"))), right])
     # A placeholder counts in the question only: an option may spell one.
-    rest = Verbatim(_listing(options, fields.text("hint")))
+    rest = Verbatim(listing(options, fields.text("hint")))
     question = [f"Question: {fields.require_text('question')}", rest]
     return fields.row(
         _exchange(question, answer), fields.media(), "answer", references=(right,), options=options
@@ -195,7 +195,7 @@ def llava(fields: Fields) -> Row:
     Raises:
         RowError: media without a placeholder.
     """
-    return fields.row(_sharegpt_turns(fields), fields.media(needs_placeholders=True), "chat")
+    return fields.row(sharegpt_turns(fields), fields.media(needs_placeholders=True), "chat")
 
 
 def sharegpt(fields: Fields) -> Row:
@@ -204,7 +204,7 @@ def sharegpt(fields: Fields) -> Row:
     Raises:
         RowError: the record has media.
     """
-    turns = _sharegpt_turns(fields)
+    turns = sharegpt_turns(fields)
     if fields.media_columns() or fields.unnamed():
         raise RowError(f"sharegpt has no media.{fields.hint()}")
     return fields.row(turns, RecordMedia(fields.resolve), "chat")
@@ -241,7 +241,8 @@ def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _listing(options: tuple[str, ...], hint: str) -> str:
+def listing(options: tuple[str, ...], hint: str) -> str:
+    """Return the options of a multiple choice with their letters, after its context."""
     context = f"\nContext: {hint}" if hint else ""
     # There are 26 letters and usually fewer options; an empty one is not listed, and the others keep their letters.
     lettered = " ".join(
@@ -295,7 +296,7 @@ def _answers(fields: Fields) -> list[str]:
     return answers
 
 
-def _options(fields: Fields) -> tuple[tuple[str, ...], list[str]]:
+def options_of(fields: Fields) -> tuple[tuple[str, ...], list[str]]:
     """Return the options, "" for an empty one, and the record's own names of them, as in ARC, if it has any.
 
     The options are a list, a list as JSON text, or a column for each letter.
@@ -351,7 +352,7 @@ def _index(fields: Fields, options: tuple[str, ...], labels: list[str]) -> int:
     return readings.pop()
 
 
-def _sharegpt_turns(fields: Fields) -> list[object]:
+def sharegpt_turns(fields: Fields) -> list[object]:
     """Write the turns of a record as OpenAI messages."""
     turns: list[object] = [*fields.system()]
     for turn in as_list(fields.require("conversations"), fields.column("conversations")):

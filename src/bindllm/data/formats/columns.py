@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bindllm.conversation import Message
-from bindllm.data.messages import (
+from bindllm.conversation.messages import (
     FILE_MODALITIES,
     MediaResolver,
     RecordMedia,
@@ -183,8 +183,6 @@ class Fields:
     ) -> Row:
         """Return the row of parsed messages, as `row` does."""
         conversation = answered(messages)
-        questions = [message.text for message in messages if message.role == "user"]
-        is_spelled = any(map(spells_placeholder, questions))
         facts = {"references": (conversation.messages[-1].text,), **facts}
         return Row(
             conversation,
@@ -194,9 +192,15 @@ class Fields:
             type=self._label("type"),
             subset=self._label("subset"),
             split=self._split(),
-            remarks=(*remarks, *[SPELLED] * is_spelled, *self._unused()),
+            remarks=(*remarks, *self.remarks(messages)),
             **facts,
         )
+
+    def remarks(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """Return remarks on a record that is used all the same: a placeholder without media, and unused columns."""
+        questions = [message.text for message in messages if message.role == "user"]
+        is_spelled = any(map(spells_placeholder, questions))
+        return (*[SPELLED] * is_spelled, *self._unused())
 
     def _label(self, field: str) -> str:
         # In a row without such a label, the column may hold anything else.

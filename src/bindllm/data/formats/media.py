@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes
 
-from bindllm.data.messages import RowError, from_base64
+from bindllm.conversation.messages import RowError, read_media
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import HUB
-from bindllm.errors import MediaError
 from bindllm.media import Media
-from bindllm.media.source import local_path
 
 
 @dataclass(frozen=True)
@@ -84,45 +80,3 @@ class FolderResolver:
         if not self.allow_outside and not Path(os.path.realpath(file)).is_relative_to(self._real_root):
             raise RowError(f"{modality} file outside the folder of the source", name)
         return file
-
-
-def read_media(modality: str, value: object, find: Callable[[str], str | bytes]) -> Media:
-    """Return the media that a value of a row refers to.
-
-    Args:
-        modality: of the media.
-        value: a path, a ``file:`` URL, a ``data:`` URI, the bytes of a file, or ``{"bytes": ..., "path": ...}``; for
-            the modality ``text`` the text itself.
-        find: returns the full path or the bytes of a named file, or raises `RowError`.
-
-    Raises:
-        RowError: the value does not refer to media, or refers to a web address.
-    """
-    # The form of Hugging Face datasets. The path may be of another machine, so the bytes come first.
-    if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if modality == "text":
-        if not isinstance(value, str) or not value.strip():
-            raise RowError("no text")
-        return Media.text(value)
-    if isinstance(value, bytes | bytearray | memoryview) and value:
-        return Media(modality, bytes(value))
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"no path to the {modality} file")
-    if value[:5].lower() == "data:":
-        return Media(modality, _decode_uri(modality, value))
-    try:
-        path = local_path(value)
-    except MediaError as error:
-        raise RowError(f"no path to the {modality} file, but {error}", value) from error
-    return Media(modality, find(path))
-
-
-def _decode_uri(modality: str, uri: str) -> bytes:
-    """Return the content of a ``data:`` URI (RFC 2397)."""
-    head, comma, text = uri.partition(",")
-    # Without ";base64" the content is percent-encoded.
-    content = from_base64(unquote(text)) if head.lower().endswith(";base64") else unquote_to_bytes(text)
-    if not comma or not content:
-        raise RowError(f"a data: URI without {modality} content; expected data:TYPE;base64,CONTENT", head)
-    return content

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bindllm.conversation.messages import RowError
 from bindllm.data.answers import option_letter
 from bindllm.data.formats import read_row
 from bindllm.data.formats.media import FolderResolver
-from bindllm.data.messages import RowError
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Row
 from bindllm.data.source_config import Format, SourceConfig

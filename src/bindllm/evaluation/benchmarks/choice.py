@@ -8,7 +8,6 @@ from string import ascii_uppercase
 from typing import Any
 
 from bindllm.atomic import read_json
-from bindllm.data.messages import from_base64
 from bindllm.data.report import Skipped
 from bindllm.data.tables import read_table
 from bindllm.errors import InputError
@@ -17,6 +16,7 @@ from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, CIRCULAR
 from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.evaluation.layouts.dataset import Files, read_entries, require
+from bindllm.media.source import from_base64
 
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _OPTIONS = ("A", "B", "C", "D", "E")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from bindllm.evaluation.answering.log import Line
 from bindllm.evaluation.ngrams import ORDERS, corpus_bleu
 
-Line = dict[str, Any]
 Sums = dict[str, np.ndarray]
 """Sums by name, one value for each resample: [R]. A missing name is 0."""
 

@@ -161,13 +161,13 @@ def evaluate(
         "settings": {**asdict(chosen), **_choices(model)},
     }
     with folder.locked(), eval_mode(model):
-        known = folder.start(facts)
+        known = folder.resume(facts)
         lookup = _embed(model, found, store, progress)
         run = _Run(model, benchmark, chosen, found.items, root, known, folder)
         if model.cache:
             run.notes.append("measured without the visual cache of the model")
         lines = run.measure(found, lookup, progress)
-        return folder.finish({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
+        return folder.close({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
 
 
 def _choices(model: BindLLM) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class _Run:
             return None
         if line["prompt_sha256"] != self._prompts[n]:
             raise InputError(
-                f"{self.folder.path} holds an answer to another question {line['id']!r}: the files of the benchmark "
+                f"{self.folder.place} holds an answer to another question {line['id']!r}: the files of the benchmark "
                 "have changed. Choose another output"
             )
         answer = line["answer"]

@@ -7,7 +7,8 @@ exported folders all use them: the settings that a decoder's folder recommends b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -23,12 +24,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
+from bindllm.conversation.messages import FILE_MODALITIES, read_conversation
 from bindllm.embeddings.embedder import GroupEmbeddings
+from bindllm.encoders import Encoder
 from bindllm.errors import InputError, did_you_mean
 from bindllm.media import Media, check_media
 from bindllm.shots import few_shot_prompts, pair_shots
 
-Prompt = str | Conversation
+Prompt = str | Conversation | Sequence[Mapping[str, Any]]
+"""A question, a conversation, or OpenAI-style messages."""
 MAX_NEW_TOKENS = 128
 # Decoders of text write it for bytes that are not a whole character.
 _INCOMPLETE = "\ufffd"
@@ -37,8 +41,14 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 4, 12
 
 # Options that only sampling uses: giving one of them switches sampling on.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-# Options of Hugging Face `generate` that are not fields of a GenerationConfig.
-_MORE_OPTIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+# Options that are not fields of a GenerationConfig: those of Hugging Face `generate`, and ours.
+_MORE_OPTIONS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "seed",
+)
 # Fields of a GenerationConfig without effect here: transformers moved these searches into code on the hub, which is
 # never run, or they change the prompt, or they ask for tensors while `generate` returns text.
 _WITHOUT_EFFECT = (
@@ -109,20 +119,44 @@ def shots_limit(options: dict[str, Any], positions: int | None) -> int | None:
     )
 
 
-def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | None) -> list[Conversation]:
+def is_one(prompt: Any) -> bool:
+    """Return whether this is a single prompt; a list of messages is one."""
+    if isinstance(prompt, list | tuple) and prompt:
+        return all(isinstance(message, Mapping) for message in prompt)
+    return isinstance(prompt, str | Conversation)
+
+
+def part_modalities(encoders: Sequence[Encoder]) -> tuple[str, ...]:
+    """Return the modalities that parts of messages may name; a text part is words of the prompt."""
+    served = {name for encoder in encoders for name in encoder.modalities} - {"text"}
+    return tuple(dict.fromkeys((*FILE_MODALITIES, *sorted(served))))
+
+
+def as_conversations(
+    prompt: Prompt | Sequence[Prompt],
+    media: Sequence[Any] | None,
+    *,
+    modalities: Collection[str] = FILE_MODALITIES,
+) -> list[Conversation]:
     """Pair a prompt with its media, or each of several prompts with its own.
+
+    Args:
+        prompt: one or several.
+        media: the media of each.
+        modalities: modalities that parts of messages may name.
 
     Raises:
         InputError: no prompt, one of another type, another number of media rows than prompts, media that are no
-            `Media`, or media for a `Conversation`, which holds its own.
+            `Media`, messages that cannot be used, or media for a `Conversation`, which holds its own.
     """
     # How to read this: one prompt becomes a batch of one, then every prompt gets its row of media.
-    if isinstance(prompt, str | Conversation):
+    if is_one(prompt):
         prompt, media = [prompt], [() if media is None else media]
-    if not isinstance(prompt, list | tuple) or not all(
-        isinstance(item, str | Conversation) for item in prompt
-    ):
-        raise InputError(f"a prompt is a text, a Conversation, or a list of them, not {prompt!r}")
+    if not isinstance(prompt, list | tuple) or not all(map(is_one, prompt)):
+        raise InputError(
+            f"a prompt is a text, a Conversation, messages (dicts with role and content), or a list of them, not "
+            f"{prompt!r}"
+        )
     if not prompt:
         raise InputError("no prompt was given")
     rows = [()] * len(prompt) if media is None else [check_media(row) for row in media]
@@ -138,9 +172,11 @@ def as_conversations(prompt: Prompt | Sequence[Prompt], media: Sequence[Any] | N
                     "a Conversation holds its own media: put them into its messages, not into media="
                 )
             conversations.append(item)
-        else:
+        elif isinstance(item, str):
             # The order of media and text does not matter: the injection listens by message, not by position.
             conversations.append(Conversation((Message("user", [*row, item]),)))
+        else:
+            conversations.append(read_conversation(item, row, modalities=modalities))
     return conversations
 
 
@@ -179,6 +215,17 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **options}
 
 
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Give the random numbers of a seed to the block, and leave the global state as it was; None: change nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def render_prompts(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +257,7 @@ def prepare_batch(
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     encode: Callable[[Sequence[Sequence[Media]]], GroupEmbeddings],
+    modalities: Collection[str] = FILE_MODALITIES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Render prompts and embed their media.
 
@@ -220,12 +268,13 @@ def prepare_batch(
         limit: maximum number of tokens of a prompt with its shots, see `few_shot_prompts`.
         tokenizer: the decoder's tokenizer.
         encode: returns an embedding for each media group, [N, E], and perhaps tokens, [N, n, C].
+        modalities: modalities that parts of messages may name.
 
     Returns:
         ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media; tokens [B, M, n, C], or
         None.
     """
-    conversations = as_conversations(prompt, media)
+    conversations = as_conversations(prompt, media, modalities=modalities)
     rows = pair_shots(shots, len(conversations))
     conversations = few_shot_prompts(conversations, rows, tokenizer, limit)
     groups = [conversation.media_groups for conversation in conversations]

@@ -11,15 +11,13 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import PurePath
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from bindllm.cache.visual_cache import CacheChoice, VisualCache
 from bindllm.conversation import Conversation, Message
-from bindllm.data.messages import FILE_MODALITIES, RecordMedia, from_base64, parse_messages, read_part
+from bindllm.conversation.messages import FILE_MODALITIES, RecordMedia, parse_messages, read_part
 from bindllm.encoders import Encoder
-from bindllm.errors import MediaError
 from bindllm.media import SUFFIXES, Media
-from bindllm.media.source import NamedBytes
+from bindllm.media.source import NamedBytes, from_base64, read_data_uri
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.api.errors import ApiError, located, shown
 from bindllm.serving.api.schema import CacheSettings, ShotBody, check_depth
@@ -270,28 +268,6 @@ def _modality_of(uri: str, name: str) -> str:
         '{"type": "depth", "depth": "data:..."}',
         param="filename",
     )
-
-
-def read_data_uri(uri: str) -> bytes:
-    """Return the content of a ``data:`` URI.
-
-    Raises:
-        MediaError: it has no content, or the content is not base64.
-
-    Examples:
-        >>> read_data_uri("data:text/plain;base64,aGk="), read_data_uri("data:,a%20cat")
-        (b'hi', b'a cat')
-    """
-    # Not `urllib`, which opens the URLs of every other scheme too.
-    head, comma, data = uri.partition(",")
-    is_base64 = head.lower().endswith(";base64")
-    # Few writers escape the characters + / = of base64.
-    text = unquote_to_bytes(data).decode("latin-1") if "%" in data and is_base64 else data
-    content = from_base64(text) if is_base64 else unquote_to_bytes(data)
-    if not comma or not content:
-        fault = "has no comma before its data" if not comma else "has no data, or data that are not base64"
-        raise MediaError(f"a data: URI {fault}; expected data:image/png;base64,iVBORw0...")
-    return content
 
 
 def choose_cache(asked: bool | CacheSettings | None, model: BindLLM) -> CacheChoice:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from bindllm.conversation import Message
 from bindllm.data.batches import sorted_batches
@@ -20,6 +19,7 @@ from bindllm.data.collate import Lookup, answer_batch, prompt_batch, records_of,
 from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, with_conversation
 from bindllm.model.bindllm import BindLLM
+from bindllm.model.generation.scores import log_likelihoods
 
 
 class Choice(NamedTuple):
@@ -93,7 +93,7 @@ def choice_batches(
             candidates = [_answered(item, answer, model) for answer in answers]
             batch = answer_batch(candidates, lookup, pad_id=pad_id)
             output = model(**{name: value.to(model.device) for name, value in batch.items()})
-            likely = _log_likelihoods(output.logits, output.targets, output.rows, len(candidates))
+            likely = log_likelihoods(output.logits, output.targets, output.rows, len(candidates))
             best = int(likely.argmax())
             choices.append(Choice(answers[best], float(likely.softmax(0)[best])))
         yield _to_all(positions, choices)
@@ -148,9 +148,3 @@ def _answered(item: Sample, answer: str, model: BindLLM) -> Sample:
     made = with_conversation(item, conversation, model.tokenizer)
     # The item may have lost its media: then none of its tokens listens to any.
     return made if item.media else replace(made, media_index=made.media_index * 0 - 1)
-
-
-def _log_likelihoods(logits: Tensor, targets: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the log-likelihood of the supervised tokens of each row, [B], from logits [N, V]."""
-    own = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return torch.zeros(count, device=own.device).index_add_(0, rows, own).cpu()

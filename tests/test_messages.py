@@ -5,9 +5,9 @@ import json
 import pytest
 
 from bindllm.conversation import Conversation, Message
+from bindllm.conversation.messages import RecordMedia, RowError, Verbatim, answered, parse_messages
 from bindllm.data.formats import read_row
 from bindllm.data.formats.columns import SPELLED
-from bindllm.data.messages import RecordMedia, RowError, Verbatim, answered, parse_messages
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.data.stream.samples import read_row as read_sample
