@@ -47,7 +47,8 @@ class FakeEngine:
         self.requests.append(request)
         for listener in listeners:
             threading.Thread(target=self._answer, args=(request, listener), daemon=True).start()
-        return [SimpleNamespace(cancel=self._cancel, prompt_tokens=7) for _ in listeners]
+        prompt = SimpleNamespace(warnings=())
+        return [SimpleNamespace(cancel=self._cancel, prompt_tokens=7, prompt=prompt) for _ in listeners]
 
     def close(self, *, drain):
         self.closed = True
@@ -73,7 +74,7 @@ def client_of(model, engine=None, *, base_url="http://localhost", **limits) -> T
     """Return a client of the application; ``limits`` are those of `ServeConfig`."""
     engine = engine or FakeEngine()
     if isinstance(engine, FakeEngine):
-        engine.model, engine.encode = model, model.encode
+        engine.model, engine.encode = model, lambda *args, **more: (model.encode(*args, **more), ())
     app = build_app(engine, ServeConfig("tiny", **limits))
     client = TestClient(app, base_url=base_url, raise_server_exceptions=False)
     client.engine = engine

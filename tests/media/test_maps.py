@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bindllm.media.maps as maps_module
 from bindllm.errors import MediaError
 from bindllm.media.maps import open_depth, open_thermal
 from recordings import assert_refused, png
@@ -109,7 +108,7 @@ def test_bad_depth_files_are_named_with_the_reason(content, reason, tmp_path):
     ("unit", "given"), [("floats are meters", METRES * 1000), ("integers", MILLIMETRES // 1000)]
 )
 def test_an_implausible_depth_asks_for_the_unit_once(unit, given, caplog, monkeypatch):
-    monkeypatch.setattr(maps_module, "_warned", set())
+    monkeypatch.setattr("bindllm.media.limits._logged", set())
     open_depth(METRES)
     assert not caplog.messages
     open_depth(given)

@@ -229,7 +229,7 @@ def test_svg_reads_nothing_outside_itself(link, attribute, tmp_path):
     ],
 )
 def test_parts_that_are_not_drawn_give_one_warning(body, words, caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(images_module, "_warned", set())
+    monkeypatch.setattr("bindllm.media.limits._logged", set())
     path = tmp_path / "a.svg"
     path.write_bytes(svg(body))
     open_image(path)
@@ -243,8 +243,9 @@ def test_a_link_in_a_request_is_refused():
     budget = Budget(MediaLimits())
     with pytest.raises(MediaError, match="links to other images, which are not read"), decoding_one(budget):
         open_image(source)
-    with decoding_one(budget):
+    with decoding_one(budget) as warnings:
         assert open_image(svg(HALVES + '<text y="9">Cat</text>'))
+    assert [message.partition(" is drawn")[0] for message in warnings] == ["text of an SVG"]
 
 
 @pytest.mark.parametrize("kind", ["image/jpeg", "image/x-png", ""])

@@ -67,6 +67,28 @@ def test_a_stream_ends_with_usage_and_done(model):
     assert len({(chunk["id"], chunk["created"]) for chunk in (first, *middle, last)}) == 1
 
 
+def test_open_webui_reads_models_and_streams(model):
+    """The requests of its backend: headers and body of a chat, and of a title that it asks for."""
+    client, url = client_of(model), "https://raw.example.com/cat.png"
+    headers = {"authorization": "Bearer ", "content-type": "application/json", "x-openwebui-user-name": "A"}
+    (entry,) = client.get("/v1/models", headers=headers).json()["data"]
+    part = {**image_part(), "cache_control": {"type": "ephemeral"}}
+    system = {"role": "system", "content": "Be brief."}
+    body = ask(
+        part, stream=True, stream_options={"include_usage": True}, temperature=0.8, reasoning_effort="low"
+    )
+    body |= {"model": entry["id"], "messages": [system, *body["messages"]]}
+    *chunks, last = events(client.post(CHAT, json=body, headers=headers))
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "a red square"
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 3)
+    title = ask(stream=False, max_completion_tokens=1000)
+    answer = client.post(CHAT, json=title, headers=headers)
+    assert answer.json()["choices"][0]["message"]["content"] == "a red square"
+    # An image that it links to is not lost without a word.
+    linked = client.post(CHAT, json=ask({"type": "image_url", "image_url": {"url": url}}), headers=headers)
+    assert "does not download" in linked.json()["error"]["message"]
+
+
 def test_without_stream_options_no_chunk_has_usage(model):
     chunks = events(client_of(model).post(CHAT, json=ask(stream=True)))
     assert not [chunk for chunk in chunks if "usage" in chunk or not chunk["choices"]]
@@ -201,7 +223,14 @@ def test_a_key_that_occurs_twice_is_refused(model, body, key, param):
         ({"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}, "any modality"),
         ({"type": "text", "text": "half \ud800"}, "not valid Unicode"),
         ({"text": "What?", "image": data_uri(png())}, "has image and text; give each"),
-        ({**image_part(), "type": "text", "text": "What?"}, "has image and text; give each"),
+        ({**image_part(), "type": "text", "text": "What?"}, "has image_url and text; give each"),
+        ({**image_part(), "url": data_uri(png())}, "has image_url and url; give each"),
+        (
+            {"type": "image_url", "image_url": {"url": "data:,a", "data": "YQ=="}},
+            "has data and url; give each",
+        ),
+        ({**image_part(), "weight": 0.5}, "does not support weight of a part"),
+        ({"type": "video_url", "video_url": {"url": "data:,a", "fps": 1}}, "does not support fps of a part"),
         ({"type": "file", "file": {"file_data": data_uri(png())}, "text": "What?"}, "has file and text"),
     ],
 )
@@ -351,8 +380,13 @@ def test_a_silent_stream_has_comments(model, monkeypatch):
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(model):
     client = client_of(model, max_characters=30)
-    for body in (ask("x" * 20), ask(shots=[{"prompt": "x" * 9, "answer": "y" * 11}])):
-        assert "characters, at most 30 are read" in client.post(CHAT, json=body).json()["error"]["message"]
+    for path, body, param in (
+        (CHAT, ask("x" * 20), "messages"),
+        (CHAT, ask(shots=[{"prompt": "x" * 9, "answer": "y" * 11}]), "shots"),
+        ("/v1/responses", {"input": "x" * 31}, "input"),
+    ):
+        error = client.post(path, json=body).json()["error"]
+        assert ("characters, at most 30 are read" in error["message"], error["param"]) == (True, param)
     answer = client.post("/v1/embeddings", json={"input": ["x" * 20, "y" * 20]})
     assert answer.status_code == 400
     assert client.post(CHAT, json=ask()).status_code == 200

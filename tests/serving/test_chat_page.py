@@ -306,7 +306,7 @@ def test_text_of_the_model_is_never_html(page, server):
     assert "<b>x</b>" in page.text(".neighbors")
 
 
-def test_neighbors_are_shown_with_their_thumbnails(page, server):
+def test_neighbors_are_shown_with_their_thumbnails_and_warnings_with_the_file(page, server):
     content = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(content, "WEBP")
     uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
@@ -317,7 +317,8 @@ def test_neighbors_are_shown_with_their_thumbnails(page, server):
     server.has_cache = True
     page.open(server.address)
     page.wait("document.querySelector('#model').textContent === 'tiny'")
-    server.answers = [["Red.", {"choices": [], "neighbors": [[], found]}], ["No."]]
+    last = {"choices": [], "neighbors": [[], found], "warnings": ["messages[0].content[0] (audio): damaged"]}
+    server.answers = [["Red.", last], ["No."]]
     give(page, "drop", "a.wav")
     page.wait("document.querySelectorAll('#attached li').length === 1")
     ask(page, "What?")
@@ -328,6 +329,7 @@ def test_neighbors_are_shown_with_their_thumbnails(page, server):
         *["apple.png", "0.91", "No", "image", "b", "0.50"],
     ]
     page.wait("document.querySelector('.neighbors img').naturalWidth === 8")
+    assert page.text(".turn.model > .note") == "a.wav: damaged"
 
 
 def test_settings_reach_the_request(page, server):

@@ -1,8 +1,10 @@
 """The application with the real engine on a tiny model: answers through HTTP are those of the model."""
 
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from bindllm.cache.visual_cache import VisualCache
@@ -10,6 +12,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.media import Media
 from bindllm.serving.engine import Engine
 from cache_parts import Multimodal, filled_store
+from crowd_parts import AnyEncoder, part_of
 from serving_parts import ask, client_of, image_part, png
 from store_parts import write_images
 from tiny import tiny_model
@@ -102,11 +105,18 @@ def test_a_setting_that_the_engine_refuses_is_named(client):
         (CHAT, {"response_format": {"type": "json_schema", "json_schema": form}}, "response_format"),
         (CHAT, {"logit_bias": {"259": 1}}, "logit_bias"),
         ("/v1/responses", {"text": {"format": form}}, "text"),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi " * 3000}]}, "messages"),
+        ("/v1/responses", {"input": "Hi " * 3000}, "input"),
+        (CHAT, {"shots": [{"prompt": "Hi " * 3000, "answer": "a"}]}, "shots"),
     ):
         for stream in (False, True):
             body = {"input": "Hi"} if url != CHAT else ask()
             answer = client.post(url, json={**body, **fields, "stream": stream})
-            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param)
+            # LiteLLM and others shorten the conversation at this code.
+            is_length = param in ("messages", "input", "shots")
+            assert (error["code"] == "context_length_exceeded") == is_length
 
 
 def test_a_media_that_cannot_be_read_is_refused(client):
@@ -115,3 +125,23 @@ def test_a_media_that_cannot_be_read_is_refused(client):
         answer = client.post(CHAT, json=ask(broken, stream=stream))
         assert answer.status_code == 400
         assert "messages[0].content[0] (image): " in answer.json()["error"]["message"]
+
+
+def test_media_that_are_not_used_as_they_are_have_warnings(decoder):
+    """Whoever sent them cannot read the log; also an embedding of an earlier request keeps its warning."""
+    stream = io.BytesIO()
+    np.save(stream, np.array([[0.0, 0, 0], [1, 2, 3], [np.nan, 0, 0]]))
+    part, words = part_of("point", stream.getvalue()), ": 1 of 3 points are NaN or infinite, and were skipped"
+    with Engine(tiny_model(decoder, encoders=[AnyEncoder()])) as engine:
+        client = client_of(engine.model, engine)
+        place, later = ("messages[0].content[0] (point)", "messages[0].content[1] (point)")
+        assert client.post(CHAT, json=ask(part, max_tokens=2)).json()["warnings"] == [place + words]
+        chunks = client.post(CHAT, json=ask(image_part(), part, max_tokens=2, stream=True)).text.split("\n\n")
+        found = [json.loads(c.removeprefix("data: ")).get("warnings") for c in chunks if "{" in c]
+        assert [one for one in found if one] == [[later + words]]
+        asked = {"input": ask(part)["messages"], "max_output_tokens": 2}
+        answer = client.post("/v1/responses", json=asked).json()
+        assert answer["warnings"] == ["input[0].content[0] (point)" + words]
+        vectors = client.post("/v1/embeddings", json={"input": [part, part, image_part()]}).json()
+        assert vectors["warnings"] == [f"input[{number}] (point){words}" for number in (0, 1)]
+        assert "warnings" not in client.post(CHAT, json=ask(image_part(), max_tokens=2)).json()

@@ -68,6 +68,7 @@ class EmbeddingResult(NamedTuple, Generic[Key]):
         tokens: [*grid, C], as `reduce_tokens` returns them; None after an error, or if they were not asked for.
         error: why the media could not be read or embedded; empty: it was embedded. A string, because an exception
             would keep the content of the media in memory through its traceback.
+        warnings: about the media, if it came with a request (`bindllm.media.limits.warn`).
     """
 
     key: Key
@@ -77,6 +78,7 @@ class EmbeddingResult(NamedTuple, Generic[Key]):
     embedding: Tensor | None = None
     tokens: Tensor | None = None
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 class GroupEmbeddings(NamedTuple):
@@ -188,7 +190,7 @@ class Embedder:
         prepared = EmbeddingResult(work.key, work.name or media.name, media.modality)
         try:
             encoder = encoder_for(media.modality, self.encoders)
-            with decoding_one(self._budget):
+            with decoding_one(self._budget) as warnings:
                 inputs = encoder.prepare(media)
             if check is not None:
                 check(work)
@@ -200,7 +202,7 @@ class Embedder:
             raise
         # Without a lock: an update that is lost only delays the tighter limit.
         self._largest = max(self._largest, inputs.nbytes)
-        return prepared._replace(inputs=inputs)
+        return prepared._replace(inputs=inputs, warnings=tuple(warnings))
 
     def _limit(self) -> int:
         """Return how many media may be in work or waiting for a batch."""
@@ -363,6 +365,10 @@ def embed_groups(
     with Embedder(encoders, device=device, reported=(), token_modalities=token_modalities) as embedder:
         media = [item for group in groups for item in group]
         results = recent.embed_in_order(embedder, media) if recent else embedder.embed_in_order(media)
+    # Also those of an embedding that an earlier request left: its media has another place in this one.
+    if (budget := current_budget()) is not None:
+        for item, result in zip(media, results, strict=True):
+            budget.add_warnings(item.name, result.warnings)
     embeddings = fuse_groups(
         torch.stack([result.embedding for result in results]), groups, normalize=normalize
     )

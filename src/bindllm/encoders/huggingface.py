@@ -31,6 +31,7 @@ from bindllm.encoders.hub import (
 from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
+from bindllm.media.limits import warn
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -430,6 +431,11 @@ class HuggingFace:
         if not ids:
             raise MediaError(f"{media.name}: a text without tokens; expected at least one word")
         if len(ids) > limit:
+            warn(
+                media.name,
+                f"{len(ids):,} tokens; the encoder reads the first {limit:,} of a text",
+                kind="text",
+            )
             # The end token stays: joint models read the whole text from it.
             closing = next((n for n, mark in enumerate(reversed(special)) if not mark), 0)
             ids = ids[: limit - closing] + ids[len(ids) - closing :]

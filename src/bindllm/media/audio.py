@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from bindllm.errors import MediaError, reading
 from bindllm.media.container import open_track, packets
-from bindllm.media.limits import at_most
+from bindllm.media.limits import at_most, warn
 from bindllm.media.source import ARRAY_RATE, Source, Waveform, name_of
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ _ROLLOFF_PERCENT = 99
 
 _PRODUCTS = 1 << 20
 """Products that are held at once: outputs of a block times taps."""
-
-_log = logging.getLogger("bindllm")
 
 
 class _Block(NamedTuple):
@@ -217,7 +214,7 @@ def _frames(parts: Iterable[Packet], stream: AudioStream, *, name: str) -> Itera
     if damaged > 1 + count // 100:
         raise MediaError(f"{damaged} of {count} audio packets are damaged; replace the file")
     if damaged and name:
-        _log.warning("%s: %d of %d audio packets are damaged and were skipped", name, damaged, count)
+        warn(name, f"{damaged} of {count} audio packets are damaged and were skipped")
 
 
 def _check_layout(rate: int, channels: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import gzip
 import io
-import logging
 import math
 import os
 import signal
@@ -35,9 +34,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from bindllm.errors import MediaError, MissingExtraError, printable, reading
+from bindllm.errors import MediaError, MissingExtraError, reading
 from bindllm.media import svg_renderer
-from bindllm.media.limits import at_most, check_time, current_budget, seconds_left
+from bindllm.media.limits import at_most, check_time, current_budget, seconds_left, warn
 from bindllm.media.source import CHUNK, Source, name_of, open_stream, read_head
 from bindllm.media.svg_renderer import ANSWER, FAILED, LINKS, REQUEST, TEXT
 
@@ -60,11 +59,6 @@ _WARNINGS = {
     LINKS: "images that an SVG links to are not drawn; embed them",
     TEXT: "text of an SVG is drawn in the fonts of this machine, or not at all; convert it to paths",
 }
-# Warnings that were given: a whole data set of one kind gives one line.
-_warned: set[int] = set()
-
-_log = logging.getLogger("bindllm")
-
 _GZIP = b"\x1f\x8b"
 
 # Bytes that decide about the format: an SVG tag may come after long comments.
@@ -332,9 +326,8 @@ def _render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
         raise MediaError(
             "an SVG that links to other images, which are not read; embed them as PNG or JPEG in data: URIs"
         )
-    for flag in (flag for flag in _WARNINGS if flags & flag and flag not in _warned):
-        _warned.add(flag)
-        _log.warning("%s: %s (further files are not reported)", printable(name), _WARNINGS[flag])
+    for message in (message for flag, message in _WARNINGS.items() if flags & flag):
+        warn(name, message, kind=message)
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         return image.convert("RGB")
 

@@ -1,19 +1,21 @@
 """Limits on the media of one untrusted request: a file of some kilobytes can claim any size and any decoding time.
 
-The loaders have limits of their own, made for training sets. Under `limited` the lower ones of both hold, and decoding
-has a time limit. Without it nothing here has an effect.
+The loaders have limits of their own, made for training sets. Under `limited` the lower ones of both hold, decoding has
+a time limit, and warnings about media go to the request and not into the log, which its sender cannot read.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import InputError, MediaError, printable
 
 AT_ONCE = 4
 """Media of limited requests that are decoded at the same time, in all threads: each may take some hundred megabytes."""
@@ -53,20 +55,42 @@ class MediaLimits:
 
 
 class Budget:
-    """The limits of one request, and the decoding time that its media have taken."""
+    """The limits of one request, the decoding time that its media have taken, and the warnings about them."""
 
     def __init__(self, limits: MediaLimits) -> None:
-        self.limits, self.spent = limits, 0.0
+        self.limits, self.spent, self._warnings = limits, 0.0, {}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Each with the name of its media; a media that occurs twice in the request counts once."""
+        return tuple(self._warnings)
+
+    def add_warnings(self, name: str, messages: tuple[str, ...]) -> None:
+        """Add warnings about a media, also those of an earlier request whose embedding of it is used again."""
+        self._warnings |= dict.fromkeys(f"{name}: {message}" for message in messages)
 
 
-# The deadline is that of the media that this thread decodes.
-_active: ContextVar[tuple[Budget | None, float]] = ContextVar("limits", default=(None, float("inf")))
+class _Active(NamedTuple):
+    budget: Budget | None = None
+    # Of the media that this thread decodes.
+    deadline: float = float("inf")
+    messages: list[str] | None = None
+
+
+_UNLIMITED = _Active()
+_active: ContextVar[_Active] = ContextVar("limits", default=_UNLIMITED)
 _turns = threading.BoundedSemaphore(AT_ONCE)
+_log = logging.getLogger("bindllm")
+# Kinds of warnings that were logged: a whole data set of one kind gives one line.
+_logged: set[str] = set()
 
 
 @contextmanager
-def limited(limits: MediaLimits) -> Iterator[None]:
+def limited(limits: MediaLimits) -> Iterator[Budget]:
     """Hold the media that are encoded inside to limits.
+
+    Yields:
+        the budget of the request, with the warnings about its media.
 
     Examples:
         >>> with limited(MediaLimits(pixels=100)):
@@ -74,31 +98,37 @@ def limited(limits: MediaLimits) -> Iterator[None]:
         Traceback (most recent call last):
         bindllm.errors.MediaError: cat.png: 72 x 72 pixels; at most 100 are decoded...
     """
-    token = _active.set((Budget(limits), float("inf")))
+    budget = Budget(limits)
+    token = _active.set(_Active(budget))
     try:
-        yield
+        yield budget
     finally:
         _active.reset(token)
 
 
 def current_budget() -> Budget | None:
     """Return the budget of the request that this thread works for, to be given to `decoding_one` in others."""
-    return _active.get()[0]
+    return _active.get().budget
 
 
 @contextmanager
-def decoding_one(budget: Budget | None) -> Iterator[None]:
-    """Decode one media under the limits of a request, in any thread; None: without limits."""
+def decoding_one(budget: Budget | None) -> Iterator[list[str]]:
+    """Decode one media under the limits of a request, in any thread; None: without limits.
+
+    Yields:
+        the warnings about it, without its name; empty without limits, as they are logged.
+    """
+    messages: list[str] = []
     if budget is None:
-        yield
+        yield messages
         return
     # Waiting for a turn is not the request's own work.
     with _turns:
         started = time.monotonic()
-        token = _active.set((budget, started + budget.limits.work - budget.spent))
+        token = _active.set(_Active(budget, started + budget.limits.work - budget.spent, messages))
         try:
             check_time()
-            yield
+            yield messages
         finally:
             _active.reset(token)
             budget.spent += time.monotonic() - started
@@ -115,9 +145,28 @@ def at_most(name: str, most: float) -> float:
     return most if budget is None else min(most, getattr(budget.limits, name))
 
 
+def warn(name: str, message: str, *, kind: str = "") -> None:
+    """Report that a media is not used as it was meant: to the request that it came with, else in the log.
+
+    Args:
+        name: of the media.
+        message: the problem, and the next step.
+        kind: the log has only the first warning of a kind; empty: every one.
+    """
+    if (messages := _active.get().messages) is not None:
+        messages.append(message)
+        return
+    if kind in _logged:
+        return
+    if kind:
+        _logged.add(kind)
+        message = f"{message} (further files are not reported)"
+    _log.warning("%s: %s", printable(name), message)
+
+
 def seconds_left() -> float:
     """Return the seconds that decoding may still take; infinity without limits."""
-    return _active.get()[1] - time.monotonic()
+    return _active.get().deadline - time.monotonic()
 
 
 def check_time() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 from PIL import Image
 
-from bindllm.errors import MediaError, printable, reading
+from bindllm.errors import MediaError, reading
 from bindllm.media.arrays import check_numbers, holds_array, read_array
 from bindllm.media.images import (
     check_pixels,
@@ -18,6 +16,7 @@ from bindllm.media.images import (
     stored_mode,
     wide_gray,
 )
+from bindllm.media.limits import warn
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
 DARKEST, BRIGHTEST = 1.0, 99.0
@@ -31,10 +30,6 @@ _EXR = b"\x76\x2f\x31\x01"
 _MILLIMETERS = 1000  # in a meter
 # Pixels that are enough for percentiles.
 _ENOUGH = 1_000_000
-# Kinds of numbers (is_float) that were warned about: a whole data set in another unit gives one line.
-_warned: set[bool] = set()
-
-_log = logging.getLogger("bindllm")
 
 
 def open_depth(source: Source) -> np.ndarray:
@@ -78,14 +73,16 @@ def _check_unit(meters: np.ndarray, name: str, *, is_float: bool) -> None:
     """Warn if the median depth is implausible: numbers have no unit of their own, so it may be another one."""
     measured = meters[meters > 0]
     median = float(np.median(measured[:: 1 + measured.size // _ENOUGH]))
-    if PLAUSIBLE[0] <= median <= PLAUSIBLE[1] or is_float in _warned:
+    if PLAUSIBLE[0] <= median <= PLAUSIBLE[1]:
         return
-    _warned.add(is_float)
-    _log.warning(
-        "%s: the median depth is %g meters if %s. Which unit is it? Outside %g to %g meters maps look all alike: "
-        "convert them if it is another unit (further maps are not reported)",
-        printable(name), median, "floats are meters" if is_float else "integers are millimeters", *PLAUSIBLE,
-    )  # fmt: skip
+    unit = "floats are meters" if is_float else "integers are millimeters"
+    low, high = PLAUSIBLE
+    warn(
+        name,
+        f"the median depth is {median:g} meters if {unit}. Which unit is it? Outside {low:g} to {high:g} meters maps "
+        "look all alike: convert them if it is another unit",
+        kind=unit,
+    )
 
 
 def open_thermal(source: Source) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import struct
@@ -13,8 +12,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bindllm.errors import MediaError, needs_extra, printable
-from bindllm.media.limits import at_most
+from bindllm.errors import MediaError, needs_extra
+from bindllm.media.limits import at_most, warn
 
 SAMPLES = 16_384
 """Points that are taken from the surface of a mesh: twice as many as Point-Bind works on."""
@@ -46,8 +45,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Fractional steps of the plane-filling sequence of Roberts (2018), from the real root of x^3 = x + 1.
 _STEPS = np.array([0.7548776662466927, 0.5698402909980532])
-
-_log = logging.getLogger("bindllm")
 
 
 def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
@@ -85,10 +82,8 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
         if _OBJ_RELATIVE.search(data):
             data = _absolute_obj(data)
         if found := _OBJ_OTHERS.search(data):
-            _log.warning(
-                "%s: lines, points and free-form surfaces of this OBJ file are not used (%s)",
-                printable(name), found[1].decode(),
-            )  # fmt: skip
+            kept = found[1].decode()
+            warn(name, f"lines, points and free-form surfaces of this OBJ file are not used ({kept})")
     try:
         # ``resolver=None`` reads no other file, ``process=False`` keeps the vertices as stored.
         scene = trimesh.load_scene(
@@ -158,7 +153,7 @@ def _plain_glb(data: bytes, name: str) -> bytes:
             f"{_MAX_NODES:,} are read. Simplify it first"
         )
     if skipped:
-        _log.warning("%s: %s of this GLB file are not used", printable(name), " and ".join(skipped))
+        warn(name, f"{' and '.join(skipped)} of this GLB file are not used")
     return data
 
 

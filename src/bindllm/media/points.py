@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from PIL import Image
 
 from bindllm.errors import MediaError, needs_extra, reading
 from bindllm.media.arrays import cells_of, check_numbers, holds_array, is_number, read_array, read_rows
-from bindllm.media.limits import at_most, check_time
+from bindllm.media.limits import at_most, check_time, warn
 from bindllm.media.meshes import sample_mesh
 from bindllm.media.source import Source, name_of, open_stream, read_head
 
@@ -35,8 +34,6 @@ _OFF = re.compile(rb"\s*C?OFF\b")
 _OBJ = re.compile(rb"^(?:v|vn|vt|f)[ \t]+[-+.\d]", re.MULTILINE)
 _SUFFIXES = {".obj": "obj", ".off": "off", ".stl": "stl", ".glb": "glb", ".ply": "ply"}
 _EXPECTED = "PLY, OBJ, OFF, STL, GLB, NPY, NPZ, or lines of x y z"
-
-_log = logging.getLogger("bindllm")
 
 
 def open_points(source: Source) -> np.ndarray:
@@ -305,7 +302,7 @@ def _finish(points: np.ndarray, name: str) -> np.ndarray:
         bad = int((~is_good).sum())
         if bad == len(points):
             raise MediaError(f"all {bad:,} points are NaN or infinite")
-        _log.warning("%s: %d of %d points are NaN or infinite, and were skipped", name, bad, len(points))
+        warn(name, f"{bad} of {len(points)} points are NaN or infinite, and were skipped")
         points = points[is_good]
     low, high = points.min(axis=0), points.max(axis=0)
     extent = float((high - low).max())

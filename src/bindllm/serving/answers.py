@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Self
@@ -48,6 +48,11 @@ class Answers:
         """Tokens of the prompt, known once the first piece is there."""
         # All choices have the same prompt.
         return self._tickets[0].prompt_tokens or 0
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Warnings about the media of the prompt, known once the first piece is there."""
+        return self._tickets[0].prompt.warnings
 
     def __enter__(self) -> Self:
         return self

@@ -184,13 +184,19 @@ class Engine:
             self._pool.submit(self._prepare)
         return choices
 
-    def encode(self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None) -> Tensor:
+    def encode(
+        self, groups: Sequence[Sequence[Media]], *, cache: CacheChoice = None
+    ) -> tuple[Tensor, tuple[str, ...]]:
         """Embed media as `BindLLM.encode` does, under the limits of a request and with the recent embeddings.
 
         In the thread of the caller.
+
+        Returns:
+            the embeddings, and the warnings about the media.
         """
-        with limited(self.limits):
-            return self.model.encode(groups, cache=cache, recent=self.recent)
+        with limited(self.limits) as budget:
+            rows = self.model.encode(groups, cache=cache, recent=self.recent)
+        return rows, budget.warnings
 
     def close(self, *, drain: float | None = None) -> None:
         """Take no further request, finish those that were accepted, and end the threads.
@@ -224,9 +230,10 @@ class Engine:
         if prompt:
             try:
                 prompt.constraint = self._compile(prompt.request.grammar)
-                with limited(self.limits):
-                    # Last, since the engine's thread takes a prompt as soon as it has its input.
-                    prompt.input = make_input(self.model, prompt.request, self.recent, self._tokens)
+                with limited(self.limits) as budget:
+                    found = make_input(self.model, prompt.request, self.recent, self._tokens)
+                # The input last, since the engine's thread takes a prompt as soon as it has one.
+                prompt.warnings, prompt.input = budget.warnings, found
             except Exception as error:
                 prompt.error = error
         # Also without an input: the engine's thread takes failed and cancelled requests out of the queue.

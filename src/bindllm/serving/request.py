@@ -32,7 +32,7 @@ class SettingError(InputError):
     """A setting of a request that cannot be used.
 
     Args:
-        field: of `Request`.
+        field: of `Request`, or ``prompt`` if the conversation with its shots is too long.
         message: names the value, the expected values, and the next step.
     """
 
@@ -189,11 +189,15 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
     width, device = ids.shape[1], model.device
     # Such a request would wait forever for room in the key/value cache.
     if width >= tokens:
-        raise InputError(
+        raise SettingError(
+            "prompt",
             f"the prompt has {width:,} tokens, and the engine holds {tokens:,} of all prompts and answers: shorten the "
-            "prompt"
+            "prompt",
         )
-    options = generate_options(options, width=width, positions=num_positions(model.decoder.config))
+    try:
+        options = generate_options(options, width=width, positions=num_positions(model.decoder.config))
+    except InputError as error:
+        raise SettingError("prompt", str(error)) from error
     records = find_records(model, embeddings, None)
     if embeddings is None:
         # No token refers to it, but all rows of a batch need the same tensors.
@@ -222,6 +226,7 @@ class Prompt:
         input: its tensors, once it is prepared.
         constraint: on the answer, at its beginning; None: any text.
         error: why it cannot be answered.
+        warnings: about its media.
         read: after it was read, while choices wait for a slot: the prompts that were read together, and its index.
         is_alone: whether it must not be read together with others.
     """
@@ -232,6 +237,7 @@ class Prompt:
         self.input: RowInput | None = None
         self.constraint: Constraint | None = None
         self.error: Exception | None = None
+        self.warnings: tuple[str, ...] = ()
         self.read: tuple[ReadPrompts, int] | None = None
 
 

@@ -275,7 +275,7 @@ class ImageBind:
 
     def _encode_text(self, media: Media) -> Tensor:
         try:
-            return self._tokenizer.encode(str(media.source))
+            return self._tokenizer.encode(str(media.source), name=media.name)
         except InputError as error:
             # One text that cannot be read must not lose the others of a run.
             raise MediaError(f"{media.name}: {error}") from error

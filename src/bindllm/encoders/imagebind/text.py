@@ -17,6 +17,7 @@ from torch import Tensor
 from bindllm.encoders import once
 from bindllm.encoders.imagebind.network import CONTEXT
 from bindllm.errors import AssetError, EncoderError, InputError, needs_extra
+from bindllm.media.limits import warn
 
 if TYPE_CHECKING:
     import tokenizers
@@ -121,12 +122,12 @@ class Tokenizer:
     def __init__(self, file: str | Path) -> None:
         self._file = Path(file)
 
-    def encode(self, text: str) -> Tensor:
+    def encode(self, text: str, *, name: str = "a text") -> Tensor:
         """Return the ids of a text: start, text, end, then zeros.
 
         Of a text that is too long the first ids are kept and the end id follows them: the trunk reads its
-        embedding there. The empty text is start and end. A marker written in the text, ``<|endoftext|>``, is that
-        marker, so the text ends there for the trunk.
+        embedding there. A warning with ``name`` says so. The empty text is start and end. A marker written in the
+        text, ``<|endoftext|>``, is that marker, so the text ends there for the trunk.
 
         Returns:
             [77], int64.
@@ -138,6 +139,9 @@ class Tokenizer:
         """
         ids = self.ids(text)
         if len(ids) > CONTEXT:
+            warn(
+                name, f"{len(ids):,} tokens; the encoder reads the first {CONTEXT - 1} of a text", kind="text"
+            )
             # The tokenizers inside Point-Bind and ImageBind-LLM drop the end id, and the trunk reads another vector.
             ids = [*ids[: CONTEXT - 1], ids[-1]]
         return torch.tensor(ids + [0] * (CONTEXT - len(ids)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from bindllm.model.generation.calls import Call
 from bindllm.serving.answers import Answers
-from bindllm.serving.api.errors import ApiError, as_api_error, dump
+from bindllm.serving.api.errors import ApiError, as_api_error, dump, warned
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import ChatBody, answer_grammar
 from bindllm.serving.api.tools import CallReader, for_client
@@ -76,7 +76,8 @@ async def complete_chat(question: Question, answers: Answers, neighbors: Neighbo
             }
         )
     head = _head(question, "chat.completion")
-    return {**head, "choices": choices, "usage": chat_usage(answers), **await _extras(neighbors)}
+    more = {**warned(answers.warnings), **await _extras(neighbors)}
+    return {**head, "choices": choices, "usage": chat_usage(answers), **more}
 
 
 async def stream_chat(
@@ -101,9 +102,9 @@ async def stream_chat(
     # With usage asked for, each chunk has the key, and only the last one a value.
     rest: dict[str, Any] = {"usage": None} if usage else {}
 
-    def event(index: int, delta: dict[str, Any], **more: Any) -> bytes:
+    def event(index: int, delta: dict[str, Any], *, warnings: Sequence[str] = (), **more: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-        return sse({**head, "choices": [choice], **rest})
+        return sse({**head, "choices": [choice], **rest, **warned(warnings)})
 
     readers = [question.reader() for _ in range(question.choices)]
     try:
@@ -124,7 +125,8 @@ async def stream_chat(
                 yield event(number, {"tool_calls": deltas})
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
-                yield event(number, {}, finish_reason=_finish(piece.finish, calls))
+                finish = _finish(piece.finish, calls)
+                yield event(number, {}, finish_reason=finish, warnings=answers.warnings)
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}

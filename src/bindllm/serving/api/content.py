@@ -27,6 +27,16 @@ from bindllm.serving.fetch import fetch
 from bindllm.shots import Shot
 
 _FILES = ("file", "input_file")
+# Keys of media in a part or in the object inside it, whatever the modality.
+_VALUES = ("url", "path", "data", "bytes", "file_data")
+# Settings of a part at other servers; without them the encoder would see something else.
+_SETTINGS = frozenset(
+    (
+        *("weight", "fps", "sample_fps", "nframes", "num_frames", "min_frames", "max_frames", "start", "end"),
+        *("start_time", "end_time", "video_start", "video_end", "min_pixels", "max_pixels", "total_pixels"),
+        *("resized_height", "resized_width", "sampling_rate"),
+    )
+)
 
 
 class ContentReader:
@@ -66,6 +76,8 @@ class ContentReader:
             ApiError: a message or a content part that cannot be used, or the last message is not the user's.
         """
         names = names or [f"messages[{number}]" for number in range(len(messages))]
+        # The endpoints have different names for it.
+        field = names[-1].partition("[")[0]
         given = [self._resolved(message, name) for message, name in zip(messages, names, strict=True)]
         parsed: list[Message] = []
         for with_tools, group in groupby(zip(given, names, strict=True), key=lambda one: uses_tools(one[0])):
@@ -83,13 +95,11 @@ class ContentReader:
             raise ApiError(
                 400,
                 f"the last message is of the role {role!r}; it must be the user's question or a tool's result",
-                # The endpoints have different names for it.
-                param=names[-1].partition("[")[0],
+                param=field,
             )
-        self._count_characters(*(message.text for message in parsed))
-        self._count_characters(
-            *map(str, tools), *(str(message.fields) for message in parsed if message.fields)
-        )
+        self._count_characters(field, *(message.text for message in parsed))
+        self._count_characters(field, *(str(message.fields) for message in parsed if message.fields))
+        self._count_characters("tools", *map(str, tools))
         return Conversation(tuple(parsed), tools=tuple(tools))
 
     def shots(self, shots: Sequence[ShotBody]) -> list[Shot]:
@@ -100,7 +110,7 @@ class ContentReader:
             ).messages[0]
             for number, shot in enumerate(shots)
         ]
-        self._count_characters(*(shot.answer for shot in shots))
+        self._count_characters("shots", *(shot.answer for shot in shots))
         return [
             Shot(question.text, shot.answer, question.media)
             for question, shot in zip(questions, shots, strict=True)
@@ -124,15 +134,14 @@ class ContentReader:
         with located(name):
             if not isinstance(found, str):
                 return found
-            self._count_characters(found)
+            self._count_characters(name, found)
             return self._resolve("text", found)
 
-    def _count_characters(self, *texts: str) -> None:
+    def _count_characters(self, field: str, *texts: str) -> None:
         self._num_characters += sum(map(len, texts))
         if self._num_characters > (most := self._config.max_characters):
-            raise ApiError(
-                400, f"the texts have {self._num_characters:,} characters, at most {most:,} are read"
-            )
+            message = f"the texts have {self._num_characters:,} characters, at most {most:,} are read"
+            raise ApiError(400, message, param=field)
 
     def _outside(self) -> RecordMedia:
         # No media outside the messages: a placeholder such as <image> in a text is a word.
@@ -193,10 +202,10 @@ class ContentReader:
         """
         content = message.get("content")
         with located(name):
-            if outside := self._kinds({key: value for key, value in message.items() if key != "content"}):
+            if outside := self._media_keys(message):
                 raise ApiError(
                     400,
-                    f"it has {' and '.join(sorted(outside))} outside of its content; give each as a content part",
+                    f"it has {' and '.join(outside)} outside of its content; give each as a content part",
                 )
         if isinstance(content, list):
             # A shot's parts are in a field of their own.
@@ -215,8 +224,8 @@ class ContentReader:
         with located(name, kind) as self._name:
             if isinstance(part, Mapping):
                 # That parser reads one key of a part and leaves the others.
-                if len(kinds := self._kinds(part)) > 1:
-                    raise ApiError(400, f"it has {' and '.join(sorted(kinds))}; give each a part of its own")
+                for values in (part, *(value for value in part.values() if isinstance(value, Mapping))):
+                    self._check_keys(values)
                 # It does not know this type.
                 part = _file_part(part) if kind in _FILES else part
             found = read_part(part, self._outside())
@@ -224,14 +233,26 @@ class ContentReader:
                 raise ApiError(400, f"it names the modality {found.modality} and has no {found.modality}")
             return found
 
-    def _kinds(self, values: Mapping[str, Any]) -> set[str]:
-        """Return the modalities that an object has values of, under any of the usual keys, such as ``images``."""
-        names = {
-            key.removeprefix("input_").removesuffix("_url").removesuffix("s")
+    def _check_keys(self, values: Mapping[str, Any]) -> None:
+        """Raise an ApiError if a part, or the object inside it, has something that would be left."""
+        given = self._media_keys(values) + [key for key in _VALUES if values.get(key)]
+        if len(given) > 1:
+            raise ApiError(400, f"it has {' and '.join(sorted(given))}; give each a part of its own")
+        if settings := sorted(key for key in _SETTINGS & values.keys() if values[key] is not None):
+            raise ApiError(
+                400,
+                f"this server does not support {settings[0]} of a part, and without it the answer would be another "
+                "one. Leave it out",
+            )
+
+    def _media_keys(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the keys of an object that have texts or media, such as ``images`` or ``image_url``."""
+        names = {"text", "file", *self._modalities}
+        return [
+            key
             for key, value in values.items()
-            if value
-        }
-        return names & {"text", "file", *self._modalities}
+            if value and key.removeprefix("input_").removesuffix("_url").removesuffix("s") in names
+        ]
 
 
 def _file_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -274,8 +295,7 @@ def choose_cache(asked: bool | CacheSettings | None, model: BindLLM) -> CacheCho
     """Return the visual cache of a request, which chooses its settings and never its place.
 
     Raises:
-        ApiError: the model has no cache.
-        InputError: a setting out of its range.
+        ApiError: the model has no cache, or a setting is out of its range.
     """
     if asked is None or asked is False:
         return asked
@@ -285,4 +305,5 @@ def choose_cache(asked: bool | CacheSettings | None, model: BindLLM) -> CacheCho
         )
     if asked is True:
         return None
-    return VisualCache(model.cache.index, model.cache.settings, **asked.model_dump(exclude_none=True))
+    with located("cache"):
+        return VisualCache(model.cache.index, model.cache.settings, **asked.model_dump(exclude_none=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.serving.api.content import ContentReader, choose_cache
-from bindllm.serving.api.errors import ApiError, located, shown
+from bindllm.serving.api.errors import ApiError, located, shown, warned
 from bindllm.serving.api.sampling import check_model
 from bindllm.serving.api.schema import EmbeddingsBody
 from bindllm.serving.config import ServeConfig
@@ -58,7 +58,7 @@ def read_groups(body: EmbeddingsBody, model: BindLLM, config: ServeConfig) -> li
 def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str, Any]:
     """Return the answer to a request for embeddings; errors as for `read_groups`, and those of the encoders."""
     groups = read_groups(body, engine.model, config)
-    rows = engine.encode(groups, cache=choose_cache(body.cache, engine.model))
+    rows, warnings = engine.encode(groups, cache=choose_cache(body.cache, engine.model))
     # openai-python asks for base64 unless its caller chose a format.
     write = _base64 if body.encoding_format == "base64" else Tensor.tolist
     data = [
@@ -71,6 +71,7 @@ def embed(body: EmbeddingsBody, engine: Engine, config: ServeConfig) -> dict[str
         "data": data,
         "model": config.model,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
+        **warned(warnings),
     }
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -137,6 +137,11 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(
                 500, "the server failed at this request; its log has the reason under the request id"
             )
+
+
+def warned(warnings: Sequence[str]) -> dict[str, list[str]]:
+    """Return the field of an answer that has warnings about its media, if there are any."""
+    return {"warnings": list(warnings)} if warnings else {}
 
 
 def draining_error() -> ApiError:

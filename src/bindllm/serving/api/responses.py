@@ -8,7 +8,7 @@ from typing import Any
 from bindllm.model.generation.calls import Call
 from bindllm.serving.answers import Answers
 from bindllm.serving.api.chat import COMMENT, KEEP_ALIVE, Neighbors, split, sse, token_logprobs
-from bindllm.serving.api.errors import ApiError, as_api_error, shown
+from bindllm.serving.api.errors import ApiError, as_api_error, shown, warned
 from bindllm.serving.api.sampling import Question
 from bindllm.serving.api.schema import FunctionChoice, ResponsesBody, answer_grammar
 from bindllm.serving.api.tools import function_of, uses_tools
@@ -225,6 +225,7 @@ class ResponseWriter:
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": prompt + completion,
             },
+            **warned(self._answers.warnings),
             **({} if found is None else {"neighbors": found}),
         }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bindllm.cache.visual_cache import nearest_images
 from bindllm.conversation import Conversation
-from bindllm.errors import InputError, MediaError
+from bindllm.errors import MediaError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import num_positions
 from bindllm.model.generation import shots_limit
@@ -39,6 +39,7 @@ class Question:
         request: to the engine.
         choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
+        prompt_field: field of the body that has the conversation, for errors.
         grammar_field: field of the body that sets the grammar of the answer, for errors.
         tools: that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
@@ -49,6 +50,7 @@ class Question:
     request: Request
     choices: int
     wants_neighbors: bool
+    prompt_field: str
     grammar_field: str
     tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -62,14 +64,17 @@ class Question:
         """Return an error of the engine; one about a setting names the field of the body."""
         if not isinstance(error, SettingError):
             return error
-        field = self.grammar_field if error.field == "grammar" else error.field
+        own = {"grammar": self.grammar_field, "prompt": self.prompt_field}
+        field = own.get(error.field, error.field)
+        # By this code of OpenAI's, programs know that they have to shorten the conversation.
+        code = "context_length_exceeded" if error.field == "prompt" else None
         # Many programs cannot change the schemas of their tools.
         hint = (
             "; with strict: false, the arguments of a function are any JSON object"
             if field == "tools"
             else ""
         )
-        return ApiError(400, f"{error}{hint}", param=field)
+        return ApiError(400, f"{error}{hint}", param=field, code=code)
 
 
 def read_question(
@@ -125,7 +130,8 @@ def read_question(
         **_sampling(body, choices),
         **settings,
     )
-    return Question(config.model, request, choices, bool(body.neighbors), grammar_field, tools)
+    fields = ("messages" if isinstance(body, ChatBody) else "input", grammar_field)
+    return Question(config.model, request, choices, bool(body.neighbors), *fields, tools)
 
 
 def _sampling(body: SampledBody, choices: int) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def find_neighbors(engine: Engine, request: Request) -> list[list[dict[str, Any]
     if not cache or not groups:
         return []
     # The cache itself compares the media as they are, before it blends them.
-    embeddings = engine.encode(groups, cache=False)
+    embeddings, _ = engine.encode(groups, cache=False)
     found: list[list[dict[str, Any]]] = []
     for group, embedding in zip(groups, embeddings, strict=True):
         # A group that the cache skips has an empty list, so that the lists stay those of the messages.
@@ -195,8 +201,11 @@ def _with_shots(
     limit = shots_limit({"max_new_tokens": max_tokens}, num_positions(model.decoder.config))
     kept = fit_shots(conversation, shots, model.tokenizer, limit)
     if len(kept) < len(shots):
-        raise InputError(
+        raise ApiError(
+            400,
             f"only {len(kept)} of {len(shots)} shots fit: a prompt may have {limit:,} tokens, the positions of the "
-            "decoder less the longest answer. Give fewer or shorter shots"
+            "decoder less the longest answer. Give fewer or shorter shots",
+            param="shots",
+            code="context_length_exceeded",
         )
     return add_shots(conversation, shots)

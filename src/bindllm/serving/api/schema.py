@@ -61,7 +61,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("repeat_penalty", "typical_p"), (1,)),
     "include_stop_str_in_output": (False,),
-    "chat_template_kwargs": ({},),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"), ({},)),
     # A limit on tokens has another name at every server.
     **dict.fromkeys(("max_new_tokens", "num_predict"), ()),
     "top_k": (0, -1),

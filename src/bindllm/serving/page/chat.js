@@ -127,12 +127,15 @@ async function answer() {
     number = asked.length - 1;
     const body = { ...settings(), model: model?.id, messages: asked };
     if (model?.has_cache) body.neighbors = true;
-    const { finish, neighbors } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
+    const { finish, neighbors, warnings } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
       turn.answer += text;
       turn.element.querySelector(".model p.text").textContent = turn.answer;
       scrollDown();
     });
-    turn.note = NOTES[finish] ?? (hasText(turn.answer) ? "" : "The answer is empty.");
+    const note = NOTES[finish] ?? (hasText(turn.answer) ? "" : "The answer is empty.");
+    // Those about media of earlier turns were shown there.
+    const own = warnings.filter((words) => words.startsWith(`messages[${number}]`));
+    turn.note = [note, ...own.map((words) => withFileNames(words, turn, number))].filter(Boolean).join(" ");
     // One list for each message with media; the last is the one that was asked now.
     turn.neighbors = turn.media.length ? neighbors.at(-1) ?? [] : [];
   } catch (error) {

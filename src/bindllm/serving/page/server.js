@@ -29,13 +29,14 @@ export async function readModel(key) {
  * @param {string} key API key, or ""
  * @param {AbortSignal} signal ends the answer early
  * @param {(text: string) => void} onPiece called with each piece of the answer
- * @returns {Promise<{finish: ?string, neighbors: Array}>} why it ended, and the images that the cache retrieved
+ * @returns {Promise<{finish: ?string, neighbors: Array, warnings: string[]}>} why it ended, the images that the cache
+ *   retrieved, and warnings about the media
  */
 export async function streamAnswer(body, key, signal, onPiece) {
   const payload = JSON.stringify({ ...body, stream: true });
   const headers = { "content-type": "application/json" };
   const response = await send("v1/chat/completions", key, { method: "POST", headers, body: payload, signal });
-  const result = { finish: null, neighbors: [] };
+  const result = { finish: null, neighbors: [], warnings: [] };
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return result;
     const chunk = JSON.parse(data);
@@ -45,6 +46,7 @@ export async function streamAnswer(body, key, signal, onPiece) {
     if (choice?.delta?.content) onPiece(choice.delta.content);
     result.finish = choice?.finish_reason ?? result.finish;
     result.neighbors = chunk.neighbors ?? result.neighbors;
+    result.warnings = chunk.warnings ?? result.warnings;
   }
   throw new ServerError("The connection ended before the answer was complete.");
 }
