@@ -11,6 +11,7 @@ from bindllm.cache.index import VectorIndex
 from bindllm.cli import main
 from bindllm.data.report import SourceReport
 from bindllm.errors import BindLLMError, MediaError
+from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import name_cache
 from bindllm.model.decoder import DecoderConfig
@@ -434,3 +435,20 @@ def test_escape_sequences_in_names_of_untrusted_files_are_not_printed(parts, cap
     told = "".join(capfd.readouterr())
     assert "owned" in told
     assert not {"\x1b", "\x07"} & set(told)
+
+
+def test_stored_embeddings_that_the_encoder_no_longer_makes_are_a_problem(parts, capsys, monkeypatch):
+    images = [Media.image(str(file)) for file in sorted((parts / "pictures/images").glob("*.png"))]
+    filled_store(Path("data/store"), images, ColorEncoder())
+    files = {file: file.stat().st_mtime_ns for file in Path("data").rglob("*")}
+    assert run("check", tiny_recipe(parts)) == 0
+    assert files == {file: file.stat().st_mtime_ns for file in Path("data").rglob("*")}
+    capsys.readouterr()
+    # Another color order, as after an edit of `prepare`, and the same fingerprint.
+    prepare = ColorEncoder.prepare
+    monkeypatch.setattr(ColorEncoder, "prepare", lambda self, media: prepare(self, media).flip(0))
+    assert run("check", tiny_recipe(parts)) == 1
+    told = capsys.readouterr().out
+    assert "is stored with another embedding than ColorEncoder makes now (cosine " in told
+    assert "change the revision in its `fingerprint`, or delete that folder" in told
+    assert "\n1 problem" in told

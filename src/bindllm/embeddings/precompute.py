@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,44 @@ FLUSH_BYTES = 1 << 28
 
 HASH_CHUNK = 32
 """Media whose content is hashed by one task; one task for each would cost more than checking an unchanged file."""
+
+
+CHECKED, SAME = 3, 0.02
+"""Stored media of a modality that `check_stored` embeds again, and the largest distance of unit vectors that counts as
+rounding: half precision differs by 0.014."""
+
+
+def check_stored(folder: str | Path, encoder: Encoder, media: Iterable[Media]) -> None:
+    """Embed some stored media again: an encoder that changed without its fingerprint would mix two kinds of rows.
+
+    Nothing is written.
+
+    Args:
+        folder: of the stores.
+        encoder: of one of them.
+        media: of any modality; `CHECKED` stored ones of each that the encoder serves are embedded.
+
+    Raises:
+        StoreError: a stored embedding differs from a new one.
+    """
+    fingerprint = encoder.fingerprint()
+    store = EmbeddingStore.existing(Path(folder, fingerprint[:16]), fingerprint, encoder.embedding_size)
+    if store is None or not len(store):
+        return
+    own = [item for item in dict.fromkeys(media) if item.modality in encoder.modalities]
+    for modality in dict.fromkeys(item.modality for item in own):
+        keys = store.keys_of([item for item in own if item.modality == modality][:CHECKED])
+        for item, key in keys.items():
+            with torch.no_grad():
+                new = encoder.embed(modality, [encoder.prepare(item)])[0].float().cpu()
+            (old,) = store.get([key])
+            # Written so that NaN fails too.
+            if not torch.dist(old, new) <= SAME:
+                raise StoreError(
+                    f"{store.folder}: {item.name} is stored with another embedding than {type(encoder).__name__} makes "
+                    f"now (cosine {float(old @ new):.3f}), and its fingerprint is the same. Weights or preprocessing "
+                    "have changed: change the revision in its `fingerprint`, or delete that folder"
+                )
 
 
 @dataclass(frozen=True)

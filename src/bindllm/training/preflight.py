@@ -1,7 +1,7 @@
 """Checks of a recipe, a checkpoint or an encoder before a run; they note every problem instead of the first.
 
-Nothing is embedded, trained or written. Rows that cannot be used, media that cannot be opened and texts that are too
-long are counted for each source.
+Nothing is trained or written; a few stored media are embedded again. Rows that cannot be used, media that cannot be
+opened and texts that are too long are counted for each source.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bindllm.data.stream.loader import check_streams, is_training_stream
 from bindllm.data.stream.samples import read_stream
 from bindllm.data.stream.shards import expand_shards, is_stream
 from bindllm.embeddings.datastore import open_datastore
+from bindllm.embeddings.precompute import check_stored
 from bindllm.encoders import Encoder, HasExamples, alignment_warnings, encoder_for, skipped_encoders
 from bindllm.encoders.tokens import reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError, own_cause
@@ -136,7 +137,7 @@ def check_recipe(
         problems.append(
             "model.trainable is empty: nothing would be trained; name groups, such as [bind, inject]"
         )
-    _check_store(data["store"], problems)
+    _check_store(data["store"], checked, problems)
     # Sizes are checked together only if each part is valid by itself: one mistake, one message.
     if checked.is_whole and checked.tokenizer is not None:
         with problems.noted():
@@ -309,12 +310,16 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
     return None
 
 
-def _check_store(store: str, problems: Problems) -> None:
-    """Note a store whose folder cannot be created."""
+def _check_store(store: str, checked: CheckedParts, problems: Problems) -> None:
+    """Note a store whose folder cannot be created, or whose embeddings are no longer those of their encoder."""
     # The nearest ancestor that exists decides: missing folders are created by the run.
     there = next(path for path in (Path(store), *Path(store).absolute().parents) if path.exists())
     if not there.is_dir():
         problems.append(f"data.store {store} cannot be a folder: {there} is a file; choose another folder")
+    media = [item for row in checked.rows("train") for item in row.media]
+    for encoder in checked.encoders:
+        with problems.noted():
+            check_stored(store, encoder, media)
 
 
 def _check_decoder(config: DecoderConfig, problems: Problems) -> Any:

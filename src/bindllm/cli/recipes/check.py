@@ -54,7 +54,7 @@ def check(
 ) -> int:
     """Find all problems of a recipe, a checkpoint or an encoder, before a run does.
 
-    Nothing is embedded or trained.
+    Nothing is trained or written.
 
     Args:
         config: a recipe; its keys may follow as options
