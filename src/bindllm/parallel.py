@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
 
+from bindllm.errors import BindLLMError, InputError
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -82,6 +84,21 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process has called this."""
         self.gather(None)
+
+    def from_first(self, work: Callable[[], Item]) -> Item:
+        """Run ``work`` in rank 0, and return its JSON-compatible result, or raise its error, in every process."""
+        failure: BindLLMError | None = None
+        value: Any = None
+        if self.is_first:
+            try:
+                value = work()
+            except BindLLMError as error:
+                failure = error
+        reason, value = self.gather([failure and str(failure), value])[0]
+        # In all of them, so that each takes the same next step.
+        if reason is not None:
+            raise failure or InputError(reason)
+        return value
 
     def owns(self, key: str) -> bool:
         """Return whether this process embeds the content with this sha256.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_parts import image, mme, pope, scienceqa
+from benchmark_parts import captions, image, mme, pope, scienceqa
 from bindllm import Media, Message
 from bindllm.cli import main
 from bindllm.data.rows import tokenize
@@ -19,8 +21,9 @@ from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import InputError
 from bindllm.evaluation import evaluate
 from bindllm.evaluation.benchmarks import BENCHMARKS, run
+from bindllm.evaluation.benchmarks import captions as captions_module
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, read_items
-from bindllm.evaluation.benchmarks.bootstrap import differences, intervals, media_sentence
+from bindllm.evaluation.benchmarks.bootstrap import compare_folders, differences, intervals, media_sentence
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
@@ -28,6 +31,7 @@ from bindllm.model.context import ContextConfig
 from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
 from tiny import save_tiny_decoder, tiny_model
+from two_processes import run_pair, told
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,32 @@ def test_another_parser_reads_the_kept_answers_again(measure, monkeypatch):
     assert again.facts["counts"]["unparsed"] == 0
     assert again["yes_ratio"] == 1
     assert {one["parser"] for one in again.lines["model"]} == {"pope"}
+
+
+def test_another_tokenizer_scores_the_kept_captions_again(measure, monkeypatch, tmp_path):
+    root = captions(tmp_path / "captions")
+    with pytest.raises(InputError, match="tokenizer=ptb is for captions, and pope has none"):
+        measure(tokenizer="ptb", output="refused")
+    monkeypatch.setattr(run, "check_java", lambda: None)
+    monkeypatch.setattr(captions_module, "ptb_words", lambda texts: [text.upper().split() for text in texts])
+    # The same two words.
+    same = (2, 2, *[0] * 2, 2, 2, *[0] * 15, 2, 2)
+    stats = {f"meteor{n}": float(x) for n, x in enumerate(same)}
+    monkeypatch.setattr(captions_module, "meteor_stats", lambda pairs: [stats for _ in pairs])
+    first = measure("captions", root=root, output="python")
+    monkeypatch.setattr(run, "answer_batches", lambda *args, is_done, **_: iter(()))
+    again = measure("captions", root=root, output="python", tokenizer="ptb")
+    assert again["meteor"] == 1
+    assert (
+        again.facts["scores"]["nearest_caption"]["cider"] == first.facts["scores"]["nearest_caption"]["cider"]
+    )
+    assert "by the PTB tokenizer" in again.facts["notes"][-1]
+    assert "Unicode NFKC" in first.facts["notes"][-1]
+    shutil.copytree(again.folder, tmp_path / "ptb")
+    measure("captions", root=root, output="python")
+    (found,) = compare_folders(again.folder, tmp_path / "ptb")
+    assert "tokenizer differs: 'python' and 'ptb'" in found.notes
+    assert set(found.difference) == set(first.facts["scores"]["model"])
 
 
 def test_files_that_have_changed_are_refused(measure, folder):
@@ -256,6 +286,27 @@ def test_a_benchmark_of_your_own_is_one_file(checkpoint, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_lab_benchmark", raising=False)
     assert main(["evaluate", "my_lab_benchmark.MINE", "--root", "pope", *checkpoint]) == 0
     assert "4 of 4 questions" in capsys.readouterr().out
+
+
+def test_processes_of_torchrun_write_the_file_of_one(checkpoint):
+    words = ["evaluate", "pope", "pope", *checkpoint, "--batch_size", "2", "--output"]
+    assert main([*words, "alone"]) == 0
+    started = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+
+    def in_pair(*options):
+        def work(rank):
+            os.environ.update({**started, "RANK": str(rank), "TORCHELASTIC_RUN_ID": "1"})
+            return main([*words, "pair", *options])
+
+        return run_pair(work)
+
+    assert in_pair() == [0, 0], told("err", 0)
+    assert Path("pair/pope/items.jsonl").read_bytes() == Path("alone/pope/items.jsonl").read_bytes()
+    assert "written to pair/pope" in told("out", 0)
+    assert not told("out", 1)
+    # Only rank 0 reads the folder, and all end with its error.
+    assert in_pair("--limit", "4") == [1, 1]
+    assert all("was started with limit None (now 4)" in told("err", rank) for rank in (0, 1))
 
 
 @pytest.mark.parametrize(

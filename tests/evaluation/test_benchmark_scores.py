@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import random
+import shutil
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
 from benchmark_parts import choices, isekai, mmbench, music_avqa, scienceqa, vl_icl, vqav2
-from bindllm.evaluation.benchmarks import BENCHMARKS, parsers
+from bindllm.errors import InputError
+from bindllm.evaluation.benchmarks import BENCHMARKS, captions, parsers
 from bindllm.evaluation.benchmarks.benchmark import read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals
-from bindllm.evaluation.benchmarks.metrics import CAPTIONS, CIRCULAR
+from bindllm.evaluation.benchmarks.captions import meteor_stats, ptb_words
+from bindllm.evaluation.benchmarks.metrics import CAPTIONS, CIRCULAR, meteor
 from bindllm.evaluation.benchmarks.vqa import vqa_words
 from bindllm.evaluation.ngrams import Cider, bleu_sums, rouge_l
 
@@ -48,35 +51,103 @@ def test_soft_accuracy_counts_agreement_with_the_others(tmp_path):
     assert score(item, "green")["score"] == 0
 
 
+CAPTIONED = {
+    "with dog blue": [
+        "a dog table on runs dog on",
+        "with blue table red dog red",
+        "with dog",
+        "with red dog the the two cat on table",
+    ],
+    "with dog on on two two cat cat": ["runs cat with two blue table"],
+    "table on the blue blue": [
+        "table dog a table a the runs two",
+        "with",
+        "cat blue cat the blue with blue blue",
+        "table on the",
+    ],
+    "table on the dog table dog blue": ["table on the dog table dog"],
+    "cat table blue with table with dog on the runs a": ["cat table blue with table with dog on the"],
+    "with a": ["with blue dog red blue red", "with", "on the the two red", "a the table"],
+}
+"""Captions of made-up words, and their references."""
+
+
 def test_caption_metrics_equal_pycocoevalcap():
-    bleu, cider, rouge = (
-        pytest.importorskip(f"pycocoevalcap.{name}.{name}") for name in ("bleu", "cider", "rouge")
-    )
-    rng = random.Random(0)
-
-    def sentence(longest):
-        words = ["a", "the", "red", "blue", "dog", "cat", "runs", "on", "table", "with", "two"]
-        return [rng.choice(words) for _ in range(rng.randint(1, longest))]
-
-    references = [[sentence(9) for _ in range(rng.randint(1, 5))] for _ in range(60)]
-    candidates = [
-        [*(rng.choice(texts) if rng.random() < 0.6 else sentence(9)), *sentence(2)] for texts in references
-    ]
-    weights = Cider(references)
-    lines = []
-    for n, (candidate, texts) in enumerate(zip(candidates, references, strict=True)):
+    """Golden numbers: Cider, Rouge and Bleu(4) of pycocoevalcap 1.2 on `CAPTIONED`."""
+    references = [[text.split() for text in texts] for texts in CAPTIONED.values()]
+    weights, lines = Cider(references), []
+    for candidate, texts in zip(map(str.split, CAPTIONED), references, strict=True):
         own = {"cider": weights.score(candidate, texts), "rouge_l": rouge_l(candidate, texts)}
-        stats = {**own, **bleu_sums(candidate, texts)}
-        lines.append({"id": str(n), "unit": str(n), "media": [], "stats": stats})
+        name = str(len(lines))
+        lines.append({"id": name, "unit": name, "media": [], "stats": {**own, **bleu_sums(candidate, texts)}})
+    golden = [1.05906241, 0.74341243, 1.42645542, 8.58840527, 7.45762179, 0.74364124]
+    assert [line["stats"]["cider"] for line in lines] == pytest.approx(golden, abs=1e-8)
+    golden = [0.82993197, 0.29326923, 0.78540773, 0.93606138, 0.91652755, 0.70930233]
+    assert [line["stats"]["rouge_l"] for line in lines] == pytest.approx(golden, abs=1e-8)
     found = {name: number["value"] for name, number in intervals(lines, CAPTIONS).items()}
-    true = {n: [" ".join(words) for words in texts] for n, texts in enumerate(references)}
-    said = {n: [" ".join(words)] for n, words in enumerate(candidates)}
-    assert found["cider"] == pytest.approx(cider.Cider().compute_score(true, said)[0], abs=1e-12)
-    assert found["rouge_l"] == pytest.approx(rouge.Rouge().compute_score(true, said)[0], abs=1e-12)
-    published = bleu.Bleu(4).compute_score(true, said, verbose=0)[0]
-    assert [found[f"bleu{n}"] for n in (1, 2, 3, 4)] == pytest.approx(published, abs=1e-8)
+    assert found["cider"] == pytest.approx(3.336433092866615, abs=1e-12)
+    assert found["rouge_l"] == pytest.approx(0.7450833635742747, abs=1e-12)
+    # Bleu adds tiny constants.
+    golden = [0.777777777756173, 0.6831300510430999, 0.6156382501281865, 0.5765890937889401]
+    assert [found[f"bleu{n}"] for n in (1, 2, 3, 4)] == pytest.approx(golden, abs=1e-9)
     lines[0]["stats"] = {**lines[0]["stats"], **bleu_sums([], references[0])}
     assert np.isfinite(intervals(lines, CAPTIONS)["bleu4"]["value"])
+
+
+SPOKEN = {
+    "A red dog runs on the table.": ["the red dog is running on a table", "a dog"],
+    "a cat": ["A cat."],
+    "": ["nothing here"],
+    "Two dogs' toys -- 3.5 (red) and it's \u201cfine\u201d; na\u00efve": [
+        "two dogs and toys",
+        "red things it's fine",
+    ],
+    "the table with a red dog": ["A red dog, with the table!"],
+    "dog dogs running | quick": ["quick dogs run", "a fast dog ran"],
+}
+METEOR_STATS = (
+    (7, 8, 3, 4, 3, 3, 3, 3, *[0] * 8, 1, 0, 0, 1, 5, 7, 7),
+    (2, 2, 1, 1, 1, 1, 1, 1, *[0] * 12, 0, 2, 2),
+    (0, 2, *[0] * 21),
+    (13, 4, 7, 2, 2, 2, 2, 2, *[0] * 12, 3, 4, 4),
+    (6, 6, 3, 3, 3, 3, 3, 3, *[0] * 12, 3, 6, 6),
+    (7, 3, 0, 0, 2, 2, 0, 0, 1, 1, *[0] * 10, 2, 3, 3),
+)
+"""Statistics of METEOR 1.5 for `SPOKEN`, by words of the PTB tokenizer."""
+
+
+def test_meteor_equals_its_program():
+    """Golden numbers: Meteor of pycocoevalcap 1.2 on `SPOKEN`."""
+    stats = [{f"meteor{n}": np.array(float(x)) for n, x in enumerate(values)} for values in METEOR_STATS]
+    golden = [0.353384618623258, 1.0, 0.0, 0.32875639296535264, 0.4776696620223255, 0.3226421272468069]
+    assert [float(meteor(one)) for one in stats] == pytest.approx(golden, abs=1e-12)
+    total = {name: sum(one[name] for one in stats) for name in stats[0]}
+    assert float(meteor(total)) == pytest.approx(0.35210323327294885, abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
+def test_java_gives_the_words_and_the_statistics():
+    pytest.importorskip("pycocoevalcap.meteor.meteor")
+    words = ptb_words([*SPOKEN])
+    assert words[0] == ["a", "red", "dog", "runs", "on", "the", "table"]
+    assert words[2:4] == [
+        [],
+        ["two", "dogs", "toys", "3.5", "-lrb-", "red", "-rrb-", "and", "it", "'s", "fine", "na\u00efve"],
+    ]
+    found = meteor_stats(zip(words, map(ptb_words, SPOKEN.values()), strict=True))
+    assert [tuple(one.values()) for one in found] == [*METEOR_STATS]
+
+
+def test_a_program_that_fails_or_is_missing_is_an_error(monkeypatch):
+    monkeypatch.setattr(captions.shutil, "which", lambda name: None)
+    monkeypatch.setattr(captions, "import_module", lambda name: captions)
+    with pytest.raises(InputError, match="needs Java, .* install a JRE, or use the tokenizer python"):
+        captions.check_java()
+    told = CompletedProcess((), 1, b"one\n", b"Exception: no memory")
+    monkeypatch.setattr(captions.subprocess, "run", lambda *_, **__: told)
+    with pytest.raises(InputError, match="Java returned 1 lines for 2 captions: Exception: no memory"):
+        captions._java(captions, lines=["a", "b"])
 
 
 def test_circular_questions_are_right_in_all_rotations(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +22,8 @@ from bindllm.imports import name_module
 if TYPE_CHECKING:
     from bindllm.evaluation.benchmarks import Benchmark
     from bindllm.evaluation.benchmarks.folder import Evaluation
+    from bindllm.model.bindllm import BindLLM
+    from bindllm.parallel import RunContext
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class BenchmarkOptions:
     """frame of a question, such as "{question} Answer briefly.", or the question about media with captions"""
     choose: Literal["text", "likelihood"] = "text"
     """answer a multiple choice by text, or by the option with the highest log-likelihood"""
+    tokenizer: Literal["python", "ptb"] = "python"
+    """words of captions: split in Python, or as in published scores and with METEOR (needs Java and pycocoevalcap)"""
     no_controls: bool = False
     """do not measure the controls: no media, shuffled media, and an answer without a model"""
     batch_size: PositiveInt = 32
@@ -48,11 +54,13 @@ class BenchmarkOptions:
     """folder of the embedding store"""
     output: Path | None = None
     """folder with a subfolder for each benchmark (default: runs/eval/CHECKPOINT)"""
+    devices: PositiveInt = 1
+    """devices that share the questions, with a process on each; under torchrun, its processes do"""
 
     def settings(self) -> dict[str, Any]:
         """Return the keywords of `bindllm.evaluation.evaluate`, without the output."""
-        given = {name: value for name, value in vars(self).items() if name not in ("no_controls", "output")}
-        return {**given, "controls": not self.no_controls}
+        own = ("no_controls", "output", "devices")
+        return {**{k: v for k, v in vars(self).items() if k not in own}, "controls": not self.no_controls}
 
 
 def evaluate(
@@ -90,28 +98,57 @@ def evaluate(
     Example:
         bindllm evaluate pope mme benchmarks --checkpoint checkpoints/7b --limit 500
     """
-    benchmarks, root = _read_names(names, root)
-    loaded = model.load(checkpoint, overrides, cache=False)
+    benchmarks, data = _read_names(names, root)
+    # In a process that torchrun has started, it says how many there are.
+    counts = {"devices": int(os.environ.get("LOCAL_WORLD_SIZE", measuring.devices))}
+    counts["num_nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    failed: list[str] = []
 
+    from bindllm.cli.recipes.fit import launch
+    from bindllm.cli.recipes.recipe import quiet
+
+    def work(context: RunContext) -> None:
+        loaded = model.load(checkpoint, overrides, cache=False, device=str(context.device))
+        failed.extend(_measure(loaded, benchmarks, data, checkpoint, measuring, context))
+        context.processes.barrier()
+
+    given = {"checkpoint": checkpoint, "root": root, "measuring": measuring, "model": model}
+    with quiet():
+        # The other processes run this command again, from its start.
+        launch(counts, work, again=partial(evaluate, names, **given, overrides=overrides))
+    return 1 if failed else 0
+
+
+def _measure(
+    model: BindLLM,
+    benchmarks: Sequence[Benchmark],
+    data: Path,
+    checkpoint: str,
+    measuring: BenchmarkOptions,
+    context: RunContext,
+) -> Iterator[str]:
+    """Measure a model on benchmarks, print and write the results, and yield the names of those that failed."""
     from bindllm.evaluation.benchmarks.run import evaluate as measure
     from bindllm.report.benchmark import write_page
 
-    settings = measuring.settings()
-    output, failed = measuring.output or Path("runs/eval", Path(checkpoint).resolve().name), 0
+    output = measuring.output or Path("runs/eval", Path(checkpoint).resolve().name)
+    given = {"root": data, "checkpoint": checkpoint, "progress": context.progress, **measuring.settings()}
     for benchmark in benchmarks:
-        given = {"root": root, "output": output / benchmark.name, "progress": sys.stderr.isatty()}
         try:
-            done = measure(loaded, benchmark, checkpoint=checkpoint, **given, **settings)
+            done = measure(
+                model, benchmark, output=output / benchmark.name, processes=context.processes, **given
+            )
         except BindLLMError as error:
             # One benchmark that cannot be measured must not cost the others.
             if len(benchmarks) == 1:
                 raise
-            failed += 1
-            print(printable_lines(f"error: {benchmark.name}: {error}"), file=sys.stderr)
-        else:
+            yield benchmark.name
+            if context.processes.is_first:
+                print(printable_lines(f"error: {benchmark.name}: {error}"), file=sys.stderr)
+            continue
+        if context.processes.is_first:
             _show(done)
             print(f"page: {write_page(done)}")
-    return 1 if failed else 0
 
 
 def _read_names(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], Path]:

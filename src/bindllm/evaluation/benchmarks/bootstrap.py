@@ -22,7 +22,7 @@ RESAMPLES = 1000
 LEVEL = 95
 """Percent of the resamples inside an interval."""
 
-_SCORING = ("parser", "unparsed", "prompt", "choose", "max_new_tokens")
+_SCORING = ("parser", "unparsed", "tokenizer", "prompt", "choose", "max_new_tokens")
 """Settings that change scores; a difference may come from them, and not from the models."""
 
 Number = dict[str, Any]
@@ -94,7 +94,8 @@ def differences(a: Sequence[Line], b: Sequence[Line], metric: Metric) -> dict[st
     # The same seed draws the same clusters on both sides.
     (before, drawn_before), (after, drawn_after) = (_values(metric, table) for table in tables)
     found = {}
-    for name in before:
+    # METEOR may be on one side only.
+    for name in (name for name in before if name in after):
         drawn = drawn_after[name] - drawn_before[name]
         number = _number(after[name] - before[name], drawn, len(a))
         drawn = drawn[np.isfinite(drawn)]

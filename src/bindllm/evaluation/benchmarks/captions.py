@@ -6,26 +6,34 @@ Classes: ModelNet40 and ESC-50.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bindllm.atomic import read_json
-from bindllm.errors import InputError
+from bindllm.errors import InputError, needs_extra
 from bindllm.evaluation.benchmarks import parsers
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, Score
-from bindllm.evaluation.benchmarks.metrics import ACCURACY, CAPTIONS
+from bindllm.evaluation.benchmarks.metrics import ACCURACY, CAPTIONS, Line
 from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.evaluation.captions import caption_words
 from bindllm.evaluation.layouts import Dataset, read_layout
 from bindllm.evaluation.layouts.dataset import Files, read_entries, require
-from bindllm.evaluation.ngrams import Cider, bleu_sums, rouge_l
+from bindllm.evaluation.ngrams import Cider, Words, bleu_sums, rouge_l
 
-_NOTE = (
-    "words by Unicode NFKC, lower case, without punctuation; the PTB tokenizer of published scores needs Java, so "
-    "scores differ a little. METEOR and SPICE are not measured"
-)
+TOKENIZERS = {
+    "python": "words by Unicode NFKC, lower case, without punctuation; published scores use the PTB tokenizer and "
+    "differ a little (--tokenizer ptb). METEOR and SPICE are not measured",
+    "ptb": "words by the PTB tokenizer of published scores. SPICE is not measured",
+}
+"""Tokenizers of captions, and the remark that results have."""
+
+_PTB = "pycocoevalcap.tokenizer.ptbtokenizer"
 _POINT_LLM = "PointLLM_brief_description_val_200_GT.json"
 
 
@@ -35,16 +43,103 @@ def score_captions(items: Sequence[Item]) -> Score:
     cider = Cider(list(words.values()))
 
     def score(item: Item, parsed: Any) -> Mapping[str, float]:
-        candidate, references = caption_words(parsed or ""), words[item.id]
-        own = cider.score(candidate, references)
-        return {
-            "score": own,
-            "cider": own,
-            "rouge_l": rouge_l(candidate, references),
-            **bleu_sums(candidate, references),
-        }
+        return _scores(cider, caption_words(parsed or ""), words[item.id])
 
     return score
+
+
+def _scores(cider: Cider, candidate: Words, references: Sequence[Words]) -> dict[str, float]:
+    own = cider.score(candidate, references)
+    return {
+        "score": own,
+        "cider": own,
+        "rouge_l": rouge_l(candidate, references),
+        **bleu_sums(candidate, references),
+    }
+
+
+def check_java() -> None:
+    """Raise if captions cannot be scored by Java.
+
+    Raises:
+        MissingExtraError: pycocoevalcap is not installed.
+        InputError: Java is not.
+    """
+    with needs_extra(
+        "pycocoevalcap", extra="captions", purpose="score captions as published (tokenizer ptb)"
+    ):
+        import_module(_PTB)
+    if shutil.which("java") is None:
+        raise InputError(
+            "the PTB tokenizer needs Java, and the command java does not exist; install a JRE, or use the tokenizer "
+            "python"
+        )
+
+
+def score_as_published(variants: Iterable[Sequence[Line]], items: Sequence[Item]) -> None:
+    """Score captions again, in place: by the words of the PTB tokenizer, and with the statistics of METEOR.
+
+    Raises:
+        InputError: Java fails.
+    """
+    lines = [line for part in variants for line in part]
+    references = ptb_words([text for item in items for text in item.references])
+    own = iter(references)
+    words = {item.id: [next(own) for _ in item.references] for item in items}
+    candidates = ptb_words([line["parsed"] or "" for line in lines])
+    pairs = [(said, words[line["id"]]) for line, said in zip(lines, candidates, strict=True)]
+    cider = Cider([*words.values()])
+    for line, pair, stats in zip(lines, pairs, meteor_stats(pairs), strict=True):
+        score = _scores(cider, *pair)
+        line |= {"score": score.pop("score"), "stats": score | stats}
+
+
+def ptb_words(texts: Sequence[str]) -> list[list[str]]:
+    """Return the words of texts as pycocoevalcap splits them."""
+    tool = import_module(_PTB)
+    options = ("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+    found = _java(
+        tool,
+        "-cp",
+        tool.STANFORD_CORENLP_3_4_1_JAR,
+        *options,
+        lines=[" ".join(text.split()) for text in texts],
+    )
+    # By spaces only: a token may hold white space of another kind.
+    return [[word for word in line.split(" ") if word and word not in tool.PUNCTUATIONS] for line in found]
+
+
+def meteor_stats(pairs: Iterable[tuple[Words, Sequence[Words]]]) -> list[dict[str, float]]:
+    """Return the sums of METEOR for the words of captions and of their references, see `metrics.meteor`."""
+    tool = import_module("pycocoevalcap.meteor.meteor")
+    asked = [
+        " ||| ".join(["SCORE", *(" ".join(words) for words in (*references, candidate))])
+        for candidate, references in pairs
+    ]
+    options = ("-Xmx2G", "-jar", tool.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
+    found = []
+    for line in _java(tool, *options, lines=asked):
+        values = [float(value) for value in line.split()]
+        # As the program adds them up: equal texts have no chunk, else a single one.
+        if values[20] == 1 and values[21:] == values[:2]:
+            values[20] = 0.0
+        found.append({f"meteor{n}": value for n, value in enumerate(values)})
+    return found
+
+
+def _java(tool: ModuleType, *options: str, lines: Sequence[str]) -> list[str]:
+    """Return a line of a Java program for each line of its input."""
+    done = subprocess.run(
+        ["java", "-Dfile.encoding=UTF-8", *options],
+        cwd=Path(str(tool.__file__)).parent,
+        input="\n".join(lines).encode(errors="replace"),
+        capture_output=True,
+    )
+    found = done.stdout.decode(errors="replace").removesuffix("\n").split("\n") if lines else []
+    if done.returncode or len(found) != len(lines):
+        reason = done.stderr.decode(errors="replace").strip()[-300:]
+        raise InputError(f"Java returned {len(found):,} lines for {len(lines):,} captions: {reason}")
+    return found
 
 
 def read_captions(folder: Path, *, layout: str) -> Iterator[Entry]:
@@ -124,7 +219,6 @@ def _captions(
         modality=modality,
         prompt=prompt or f"Describe this {modality}.",
         max_new_tokens=40,
-        notes=(_NOTE,),
     )
 
 

@@ -19,7 +19,7 @@ from bindllm.evaluation.benchmarks.metrics import METRICS, SCORE, Line, Metric
 ITEMS, EVALUATION = "items.jsonl", "evaluation.json"
 FORMAT = 1
 
-_RESCORED = ("parser", "unparsed")
+_RESCORED = ("parser", "unparsed", "tokenizer")
 """Settings that only change how raw answers are read: with others, finished answers are scored again."""
 
 
@@ -70,7 +70,7 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     for line in read_lines(folder / ITEMS, is_finished=True):
         lines.setdefault(line["variant"], []).append(line)
     # A comparison of fewer lines would be one of other questions.
-    if len(lines.get("model", ())) != facts["counts"]["items"]:
+    if len(lines.get("model", ())) != facts.get("counts", {}).get("items"):
         raise InputError(f"{folder / ITEMS} has lost lines since it was finished; evaluate again")
     return Evaluation(facts, folder, lines)
 
@@ -99,8 +99,8 @@ class EvaluationFolder(AnswerLog):
         subject = "benchmark", "the benchmark"
         super().__init__(path / ITEMS, path / EVALUATION, path, subject, free=_RESCORED)
 
-    def resume(self, facts: Mapping[str, Any]) -> dict[tuple[str, str], Line]:
-        """Write the facts of an evaluation that starts; return the lines that it has already, by variant and id.
+    def resume(self, facts: Mapping[str, Any]) -> list[Line]:
+        """Write the facts of an evaluation that starts; return the lines that it has already.
 
         Raises:
             InputError: the folder has another evaluation, or one of another checkpoint or with other settings.
@@ -108,7 +108,7 @@ class EvaluationFolder(AnswerLog):
         if not self.facts.exists() and self.place.exists() and any(self.place.iterdir()):
             raise InputError(f"{self.place} is not empty, and has no {EVALUATION}; choose another output")
         self.start(facts)
-        return {(line["variant"], line["id"]): line for line in self.known()}
+        return self.known()
 
     def close(self, facts: Mapping[str, Any], lines: Mapping[str, Sequence[Line]]) -> Evaluation:
         """Write all lines in their order, and the facts with the scores; return the finished evaluation."""

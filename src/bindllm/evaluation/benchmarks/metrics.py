@@ -140,11 +140,39 @@ def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
 
 def _captions(sums: Sums) -> Sums:
     means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
-    return {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
+    found = {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
+    return {**found, "meteor": meteor(sums)} if "meteor0" in sums else found
+
+
+# Parameters of METEOR 1.5 for English, of https://aclanthology.org/W14-3348: alpha, beta, gamma, delta, and the weights
+# of matches of equal words, stems, synonyms and paraphrases.
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_WEIGHTS = (1.0, 0.6, 0.8, 0.6)
+
+
+def meteor(sums: Sums) -> np.ndarray:
+    """Return METEOR of the sums of its 23 statistics, ``meteor0`` and so on, 0..1, as its program does.
+
+    They are the words and the function words of the candidate and of the reference, then for each kind of match the
+    content and the function words that match in both, then chunks, 0 for equal texts, and all words that match in both.
+    """
+    stats = [sums[f"meteor{n}"] for n in range(23)]
+    matched, shares = stats[21:23], []
+    for side in (0, 1):
+        length, function = stats[side], stats[2 + side]
+        hits = sum(
+            weight * (_DELTA * stats[4 + 4 * n + side] + (1 - _DELTA) * stats[6 + 4 * n + side])
+            for n, weight in enumerate(_WEIGHTS)
+        )
+        shares.append(ratio(hits, _DELTA * (length - function) + (1 - _DELTA) * function))
+    precision, recall = shares
+    mean = ratio(precision * recall, (1 - _ALPHA) * recall + _ALPHA * precision)
+    chunks = ratio(stats[20], (matched[0] + matched[1]) / 2)
+    return np.nan_to_num(mean * (1 - _GAMMA * chunks**_BETA))
 
 
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
-"""CIDEr-D (0..10), ROUGE-L and corpus BLEU (0..1), see `bindllm.evaluation.ngrams`."""
+"""CIDEr-D (0..10), ROUGE-L, corpus BLEU and METEOR (0..1), see `bindllm.evaluation.ngrams`."""
 
 
 def _pair_sums(lines: Sequence[Line]) -> dict[str, float]:

@@ -13,7 +13,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +33,7 @@ from bindllm.evaluation.answering import Answers, Choice, Choices, answer_batche
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
+from bindllm.evaluation.benchmarks.captions import TOKENIZERS, check_java, score_as_published
 from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder
 from bindllm.evaluation.benchmarks.metrics import Line
 from bindllm.evaluation.benchmarks.parsers import letter
@@ -49,7 +53,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.context.records import RecordReader
 from bindllm.model.decoder import num_positions
-from bindllm.parallel import RunContext
+from bindllm.parallel import SINGLE_PROCESS, Processes, RunContext
 
 CONTROL_SHARE = 4
 """One of so many units is asked in each control of the model."""
@@ -71,6 +75,7 @@ class Settings:
         unparsed: an answer that the parser cannot read is wrong, or a random option, as in the scripts of ScienceQA.
         seed: seed of random options.
         prompt: frame of a question, or the question about media with captions; None: that of the benchmark.
+        tokenizer: splits captions into words: ``python``, or ``ptb`` as in published scores, which also have METEOR.
         choose: a multiple choice is answered by text, or by the option with the highest log-likelihood.
         controls: measure the controls too.
         batch_size: answers generated at the same time.
@@ -83,6 +88,7 @@ class Settings:
     seed: int = 0
     prompt: str | None = None
     choose: Literal["text", "likelihood"] = "text"
+    tokenizer: Literal["python", "ptb"] = "python"
     controls: bool = True
     batch_size: int = 32
     max_new_tokens: int | None = None
@@ -95,11 +101,16 @@ class Settings:
         """
         check_choice("choice of unparsed", self.unparsed, ("wrong", "random"))
         check_choice("way to choose", self.choose, ("text", "likelihood"))
+        check_choice("tokenizer", self.tokenizer, tuple(TOKENIZERS))
         for name in ("unparsed", "choose"):
             if getattr(self, name) in ("random", "likelihood") and benchmark.format != "choice":
                 raise InputError(
                     f"{name}={getattr(self, name)} needs options, and {benchmark.name} is not a multiple choice"
                 )
+        if self.tokenizer == "ptb":
+            if benchmark.format != "caption":
+                raise InputError(f"tokenizer=ptb is for captions, and {benchmark.name} has none")
+            check_java()
         return replace(
             self,
             parser=benchmark.parser(self.parser)[0],
@@ -117,6 +128,7 @@ def evaluate(
     store: str | Path = "data/store",
     checkpoint: str = "",
     progress: bool = False,
+    processes: Processes = SINGLE_PROCESS,
     **settings: Any,
 ) -> Evaluation:
     """Measure a model on a benchmark; an interrupted evaluation resumes.
@@ -129,6 +141,7 @@ def evaluate(
         store: folder of the embedding stores.
         checkpoint: folder of the model, for the record.
         progress: show bars.
+        processes: they share the batches, with equal arguments and a model on each device; rank 0 writes.
         **settings: fields of `Settings`.
 
     Raises:
@@ -139,7 +152,6 @@ def evaluate(
         >>> evaluate(model, "pope", root="data/pope", limit=500)["accuracy"]  # doctest: +SKIP
         0.812
     """
-    # How to read this: checks, embeddings, the variants of the model, the baseline, then the scores.
     benchmark = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     started, chosen = time.perf_counter(), Settings(**settings).of(benchmark)
     root = Path(root, benchmark.name) if Path(root, benchmark.name).is_dir() else Path(root)
@@ -147,8 +159,6 @@ def evaluate(
     for modality in dict.fromkeys(media.modality for item in found.items for media in item.row.media):
         # Before the first item, not in the middle of an evaluation.
         encoder_for(modality, model.encoders)
-    fingerprint = fingerprint_checkpoint(model.describe(), model.trainable_state())
-    folder = EvaluationFolder(Path(output or Path("runs/eval", fingerprint[:12], benchmark.name)))
     facts = {
         "format": FORMAT,
         "bindllm": __version__,
@@ -156,18 +166,25 @@ def evaluate(
         "title": benchmark.title,
         "metric": benchmark.metric.name,
         "checkpoint": str(checkpoint),
-        "checkpoint_fingerprint": fingerprint,
+        "checkpoint_fingerprint": fingerprint_checkpoint(model.describe(), model.trainable_state()),
         "data": str(root),
         "settings": {**asdict(chosen), **_choices(model)},
     }
-    with folder.locked(), eval_mode(model):
-        known = folder.resume(facts)
-        lookup = _embed(model, found, store, progress)
-        run = _Run(model, benchmark, chosen, found.items, root, known, folder)
-        if model.cache:
-            run.notes.append("measured without the visual cache of the model")
+    default = Path("runs/eval", facts["checkpoint_fingerprint"][:12], benchmark.name)
+    folder = EvaluationFolder(Path(output or default))
+    with ExitStack() as stack, eval_mode(model):
+        known = processes.from_first(partial(_start, folder, facts, stack))
+        lookup = _embed(model, found, store, progress, processes)
+        run = _Run(model, benchmark, chosen, root, known, folder, processes)
         lines = run.measure(found, lookup, progress)
-        return folder.close({**facts, **_results(run, lines, found, time.perf_counter() - started)}, lines)
+        facts |= _results(run, lines, found, time.perf_counter() - started)
+        return folder.close(facts, lines) if processes.is_first else Evaluation(facts, folder.place, lines)
+
+
+def _start(folder: EvaluationFolder, facts: Mapping[str, Any], stack: ExitStack) -> list[Line]:
+    """Lock a folder until the stack is closed, and return the lines that it has already."""
+    stack.enter_context(folder.locked())
+    return folder.resume(facts)
 
 
 def _choices(model: BindLLM) -> dict[str, Any]:
@@ -181,14 +198,16 @@ def _choices(model: BindLLM) -> dict[str, Any]:
     return found
 
 
-def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool) -> Lookup:
+def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes) -> Lookup:
     """Embed all media once, count those that cannot be read, and return the lookup of the model."""
     modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
     embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
-    context = RunContext(device=model.device, progress=progress)
-    failed = embeddings.precompute(
-        (media for item in found.items for media in item.row.media), context
-    ).failed
+    context = RunContext(processes, model.device, progress=progress)
+    media = [media for item in found.items for media in item.row.media]
+    failed = embeddings.precompute(media, context).failed
+    if processes.world_size > 1:
+        # Now all of them are stored: each process only reads their keys.
+        failed = embeddings.precompute(media, RunContext(device=model.device)).failed
     broken = {item.id: failed[media] for item in found.items for media in item.row.media if media in failed}
     found.drop(dict.fromkeys(broken, UNREADABLE))
     if not found.items:
@@ -206,16 +225,19 @@ class _Run:
     model: BindLLM
     benchmark: Benchmark
     settings: Settings
-    items: Sequence[Item]
     root: Path
-    known: Mapping[tuple[str, str], Line]
+    known: Sequence[Line]
     folder: EvaluationFolder
+    processes: Processes
     notes: list[str] = field(default_factory=list)
 
     def measure(self, found: Items, lookup: Lookup, progress: bool) -> dict[str, list[Line]]:
         """Return the lines of each variant."""
+        if self.model.cache:
+            self.notes.append("measured without the visual cache of the model")
         samples = self._samples(found)
-        self.items = found.items
+        self.items: Sequence[Item] = found.items
+        self._lines = {(line["variant"], line["id"]): line for line in self.known}
         self._score = self.benchmark.scorer(self.items)
         self._prompts = [_prompt_sha256(sample, self.model) for sample in samples]
         lines: dict[str, list[Line]] = {}
@@ -239,13 +261,18 @@ class _Run:
                         positions[n]: self._line(variant, positions[n], text)
                         for n, text in zip(batch, texts, strict=True)
                     }
-                    self.folder.append(fresh.values())
+                    if self.processes.is_first:
+                        self.folder.append(fresh.values())
                     bar.advance(task, len(fresh.keys() - made.keys()))
                     made |= fresh
                 lines[variant] = [made[n] for n in positions]
         if self.settings.controls and (baseline := self._baseline(samples, lookup)):
             name, texts = baseline
             lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
+        if self.settings.tokenizer == "ptb":
+            score_as_published(lines.values(), self.items)
+        if self.benchmark.format == "caption":
+            self.notes.append(TOKENIZERS[self.settings.tokenizer])
         return lines
 
     def _samples(self, found: Items) -> list[Sample]:
@@ -280,16 +307,28 @@ class _Run:
         ]
         return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
 
-    def _answers(self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]) -> Answers | Choices:
-        options: dict[str, Any] = {
-            "batch_size": self.settings.batch_size,
-            "is_done": lambda positions: all(done[n] for n in positions),
-        }
+    def _answers(
+        self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]
+    ) -> Iterator[tuple[list[int], list[Any]]]:
+        """Yield positions and answers of the batches that miss one, in all processes those of all processes."""
+        numbers = count()
+
+        def skip(positions: Sequence[int]) -> bool:
+            # The batches that are left are dealt to the processes in turn.
+            return all(done[n] for n in positions) or (
+                next(numbers) % self.processes.world_size != self.processes.rank
+            )
+
+        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "is_done": skip}
+        own: Answers | Choices
         if self.settings.choose == "likelihood":
-            return choice_batches(self.model, samples, lookup, **options)
-        return answer_batches(
-            self.model, samples, lookup, max_new_tokens=self.settings.max_new_tokens or 1, **options
-        )
+            own = choice_batches(self.model, samples, lookup, **options)
+        else:
+            longest = self.settings.max_new_tokens or 1
+            own = answer_batches(self.model, samples, lookup, max_new_tokens=longest, **options)
+        # A round: a batch of each process. The first processes have a batch in the last round, the others none.
+        while (batches := self.processes.gather(next(own, None)))[0] is not None:
+            yield from (batch for batch in batches if batch is not None)
 
     def _known(self, variant: str, n: int) -> Line | None:
         """Return the line of a question that was answered before, scored by the parser of today.
@@ -297,7 +336,7 @@ class _Run:
         Raises:
             InputError: the question has changed.
         """
-        line = self.known.get((variant, self.items[n].id))
+        line = self._lines.get((variant, self.items[n].id))
         if line is None:
             return None
         if line["prompt_sha256"] != self._prompts[n]:
@@ -310,10 +349,10 @@ class _Run:
             variant, n, Choice(answer, line["probability"]) if "probability" in line else answer
         )
 
-    def _line(self, variant: str, n: int, answer: str | Choice) -> Line:
-        """Return the line of an answer, parsed and scored."""
+    def _line(self, variant: str, n: int, answer: str | Sequence[Any]) -> Line:
+        """Return the line of an answer, a text or the fields of a `Choice`, parsed and scored."""
         item, settings = self.items[n], self.settings
-        answer, probability = answer if isinstance(answer, Choice) else (answer, None)
+        answer, probability = (answer, None) if isinstance(answer, str) else answer
         name, parse = self.benchmark.parser(settings.parser)
         parsed = parse(answer, item)
         if parsed is None and settings.unparsed == "random":
