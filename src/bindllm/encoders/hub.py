@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from bindllm.atomic import read_json
+from bindllm.encoders.families import FAMILIES, Family, family_of
 from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint, listed
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ ADAPTER = "adapter_config.json"
 MOST_LAYERS = 10_000
 """Largest number of layers in a config."""
 
-SERVED = ("image", "text", "audio")
-"""Modalities for which transformers has processors that need nothing else."""
+SERVED = ("image", "text", "audio", "video")
+"""Modalities for which transformers has processors that need nothing else, or that are prepared by settings."""
 
 # The names of their towers in the config of a joint model.
-_TOWERS = {"image": "vision", "text": "text", "audio": "audio"}
+_TOWERS = {"image": "vision", "text": "text", "audio": "audio", "video": "vision"}
 
 # These take images of any shape, as patches under a mask.
 _PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
@@ -40,6 +41,7 @@ _PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
 _SETTINGS = (
     "config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,6 +65,12 @@ _DOWNLOADED = {
     "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
     "decoder": {"ignore_patterns": ["*.bin", "*.pth"]},
 }
+# Processors of images that only resize, rescale and normalize, but need torchvision.
+_PLAIN = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
+_PIXELS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+)
 # Modules of sentence-transformers that can be computed here; any other would change the embedding.
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
 
@@ -81,6 +89,7 @@ class ModelSpec:
         state_widths: C, the width of the hidden states, for each modality whose config states it.
         patch: side of a square patch of an image or a spectrogram in pixels, if its config states it.
         strides: pixels from one patch to the next, down and across.
+        frames: frames of a video.
     """
 
     family: str
@@ -92,6 +101,12 @@ class ModelSpec:
     state_widths: dict[str, int]
     patch: int | None
     strides: tuple[int, int]
+    frames: int | None = None
+
+    @property
+    def rules(self) -> Family:
+        """The rules of its family."""
+        return family_of(self.family, joint=self.joint)
 
     def takes_patches(self, modality: str) -> bool:
         """Return whether the model takes images of any shape, as a grid of patches each."""
@@ -250,16 +265,21 @@ def read_spec(folder: Path) -> ModelSpec:
     values = config.to_dict()
     # Families rename standard fields, such as n_embd for hidden_size; the alias table undoes it.
     values |= {alias: values.get(name) for alias, name in type(config).attribute_map.items()}
-    taken = model.input_modalities
+    taken, special = model.input_modalities, FAMILIES.get(config.model_type)
     modalities = tuple(name for name in SERVED if name in ((taken,) if isinstance(taken, str) else taken))
+    modalities = special.modalities if special else modalities
     joint = len(modalities) > 1
     # A joint model needs one feature method per modality.
     lacking = [name for name in modalities if joint and f"get_{name}_features" not in dir(model)]
-    if not modalities or lacking or config.is_encoder_decoder:
+    if not special and (not modalities or "video" in modalities or lacking or config.is_encoder_decoder):
         raise EncoderError(
             f"{folder}: {model.__name__} takes {taken} and is not an encoder with one vector for each media; expected "
-            f"a joint model such as CLIP, SigLIP or CLAP, or a single tower for one of {', '.join(SERVED)}"
+            f"a joint model such as CLIP, SigLIP or CLAP, a single tower for one of {', '.join(SERVED[:3])}, or one of "
+            f"{', '.join(FAMILIES)}"
         )
+    frames = special.num_frames(values) if special else None
+    if "video" in modalities and frames is None:
+        raise EncoderError(f"{folder}: its config lacks the number of frames of a video")
     text = values.get("text_config") or values
     positions = text.get("max_position_embeddings")
     # The RoBERTa family counts its positions from the padding id + 1.
@@ -282,7 +302,9 @@ def read_spec(folder: Path) -> ModelSpec:
         joint=joint,
         modalities=modalities,
         width=_width(values, joint=joint, folder=folder),
-        state_widths={name: width for name, width in widths.items() if width},
+        # The tokens of videos have no grid here.
+        state_widths={name: width for name, width in widths.items() if width and name != "video"},
+        frames=frames,
         patch=patch,
         # Only patches of spectrograms overlap.
         strides=(patches.get("frequency_stride") or patch or 1, patches.get("time_stride") or patch or 1),
@@ -326,6 +348,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
         )
     if pooler:
         model.pooler = None
+    model = family_of(model.config.model_type, joint=True).encoder(model)
     return model.eval().requires_grad_(False)
 
 
@@ -337,7 +360,7 @@ def missing_weights(report: dict[str, Any]) -> str:
 
 
 def load_processor(folder: Path, modality: str) -> Any:
-    """Load the image processor (Pillow), tokenizer or feature extractor that a folder brings.
+    """Load the processor that a folder brings: for images (Pillow), frames of videos, texts or audio.
 
     Raises:
         EncoderError: the folder has none, or it needs a package that is not installed.
@@ -345,6 +368,10 @@ def load_processor(folder: Path, modality: str) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     with loading(folder, part=f"processor for {modality} media"):
+        if modality == "video" or (
+            modality == "image" and _image_settings(folder)["image_processor_type"] in _PLAIN
+        ):
+            return _plain_processor(folder)
         if modality == "image":
             return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         if modality == "audio":
@@ -358,6 +385,31 @@ def load_processor(folder: Path, modality: str) -> Any:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    found = _read_json(folder / "video_preprocessor_config.json") or _read_json(
+        folder / "preprocessor_config.json"
+    )
+    return {"image_processor_type": None, **found}
+
+
+def _plain_processor(folder: Path) -> Any:
+    """Return a processor that resizes, crops and normalizes by the settings of a folder.
+
+    It stands for those that need torchvision, or take whole videos.
+
+    Raises:
+        EncoderError: the folder has no such settings.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    settings = _image_settings(folder)
+    if lacking := [name for name in ("size", "image_mean", "image_std") if not settings.get(name)]:
+        raise EncoderError(f"{folder}: its preprocessor_config.json lacks {', '.join(lacking)}")
+    chosen = {name: settings[name] for name in _PIXELS if settings.get(name) is not None}
+    # Those of CLIP are other defaults than the models have.
+    return CLIPImageProcessorPil(**{"do_center_crop": "crop_size" in chosen, "resample": 2, **chosen})
 
 
 @contextmanager

@@ -2,20 +2,21 @@
 
 Joint models have one space for all modalities: CLIP (https://arxiv.org/abs/2103.00020), SigLIP and SigLIP 2
 (https://arxiv.org/abs/2502.14786), CLAP (https://arxiv.org/abs/2211.06687), ALIGN, Chinese-CLIP and others that have
-one ``get_..._features`` per modality. Single towers: DINOv2, ViT, Swin, ConvNeXt; BERT-like sentence encoders;
-wav2vec 2.0, HuBERT, AST. Each uses the processor of its own folder.
+one ``get_..._features`` per modality, also AIMv2, PE-Audio and X-CLIP. Single towers: DINOv2 and v3, ViT, AIMv2, Swin,
+ConvNeXt; BERT-like sentence encoders; wav2vec 2.0, HuBERT, AST, Whisper's encoder; VideoMAE, V-JEPA 2. Each uses the
+processor of its own folder.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from bindllm.encoders import Embedded, fingerprint, once
@@ -28,14 +29,15 @@ from bindllm.encoders.hub import (
     settings_files,
     weight_files,
 )
+from bindllm.encoders.states import batch_fields, batches, token_grids, tower_vectors
 from bindllm.errors import EncoderError, InputError, MediaError, check_choice, did_you_mean
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
 from bindllm.media.limits import warn
+from bindllm.media.video import read_frames
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
-    from transformers.utils import ModelOutput
 
 Pooling = Literal["auto", "pooler", "first", "mean", "last"]
 
@@ -46,164 +48,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # Longest image that a processor scales by its short side, as a multiple of that side.
 _MAX_ASPECT = 100
 _CPU_BATCH, _ACCELERATOR_BATCH = 8, 64
-# Most states of a tower that belong to no patch: a class token, a distillation token, registers.
-_MOST_EXTRA = 16
 _WINDOW_SECONDS, _SHORTEST_SECONDS = 10.0, 0.1
-
-# These models were trained on texts padded to the full length, without an attention mask.
-_PADDED_FAMILIES = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
-
-
-def batches(spec: ModelSpec, modality: str, inputs: Sequence[Tensor], *, size: int) -> Iterator[list[int]]:
-    """Yield the positions of inputs that form one batch, at most ``size`` of them.
-
-    Audio and images of one shape form a batch, since padding would change some models' results. Texts and patches are
-    padded under a mask, so any may be combined; sorting by length wastes the least padding.
-    """
-    # How to read this: group by shape unless padding is masked, then sort and cut into batches.
-    masked = modality == "text" or spec.takes_patches(modality)
-    groups: dict[Any, list[int]] = {}
-    for position, tensor in enumerate(inputs):
-        groups.setdefault(None if masked else tensor.shape, []).append(position)
-    for positions in groups.values():
-        ordered = sorted(positions, key=lambda position: tuple(inputs[position].shape))
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
-
-
-def _batch_fields(
-    spec: ModelSpec, modality: str, inputs: Sequence[Tensor], processor: Any
-) -> dict[str, Tensor]:
-    """Return the keywords of the model's forward for a batch of one shape, or of texts or patches of any."""
-    if modality == "text":
-        return _text_fields(spec, inputs, processor)
-    if spec.takes_patches(modality):
-        # Patches of all images are padded to the longest sequence; the mask and the shapes undo it inside the model.
-        lengths = torch.tensor([grid.shape[0] * grid.shape[1] for grid in inputs])
-        flat = [grid.flatten(0, 1) for grid in inputs]
-        return {
-            "pixel_values": nn.utils.rnn.pad_sequence(flat, batch_first=True),
-            "pixel_attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "spatial_shapes": torch.tensor([grid.shape[:2] for grid in inputs]),
-        }
-    if modality == "image":
-        return {"pixel_values": torch.stack(list(inputs))}
-    names = processor.model_input_names
-    fields = {names[0]: torch.stack(list(inputs))}
-    if "is_longer" in names:
-        # CLAP: each window counts as a complete audio clip.
-        fields["is_longer"] = torch.zeros(len(inputs), 1, dtype=torch.bool)
-    return fields
-
-
-def _text_fields(spec: ModelSpec, inputs: Sequence[Tensor], tokenizer: Any) -> dict[str, Tensor]:
-    """Pad ids to the longest, or to the full length if the model was trained so: ids and mask [B, T]."""
-    # SigLIP reads its embedding at the last position, so the length must be that of its training.
-    padded = spec.family in _PADDED_FAMILIES
-    length = spec.longest_text(tokenizer) if padded else max(len(ids) for ids in inputs)
-    ids = torch.full((len(inputs), length), tokenizer.pad_token_id or 0)
-    mask = torch.zeros_like(ids)
-    for row, own in enumerate(inputs):
-        columns = own_columns(spec, tokenizer, len(own), length)
-        ids[row, columns], mask[row, columns] = own, 1
-    # A model without masks in training must not get one now.
-    if padded and "attention_mask" not in tokenizer.model_input_names:
-        return {"input_ids": ids}
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def own_columns(spec: ModelSpec, tokenizer: Any, count: int, length: int) -> slice:
-    """Return the positions of a text of some ids in rows of a length; the others are padding."""
-    left = spec.family in _PADDED_FAMILIES and tokenizer.padding_side == "left"
-    return slice(length - count, length) if left else slice(0, count)
-
-
-def token_grids(
-    states: Tensor, spec: ModelSpec, modality: str, inputs: Sequence[Tensor], processor: Any
-) -> list[Tensor]:
-    """Return the states of each media on its own grid, [*grid, C], without class tokens, registers and padding.
-
-    Args:
-        states: last hidden states of a batch, [B, S, C] or [B, C, H, W].
-        spec: of the model.
-        modality: of the media.
-        inputs: the B prepared media; audio: single windows.
-        processor: of the modality.
-
-    Raises:
-        EncoderError: the states of an image or a spectrogram fit no grid of patches.
-    """
-    # Convolutional towers, and CLAP, give a grid.
-    if states.dim() == 4:
-        return list(states.movedim(1, -1))
-    if modality == "text":
-        columns = [own_columns(spec, processor, len(ids), states.shape[1]) for ids in inputs]
-        return [row[own] for row, own in zip(states, columns, strict=True)]
-    if spec.takes_patches(modality):
-        shapes = [grid.shape[:2] for grid in inputs]
-        return [row[: math.prod(s)].unflatten(0, s) for row, s in zip(states, shapes, strict=True)]
-    if modality == "audio" and spec.patch is None:
-        return list(states)
-    # A spectrogram comes as frames and bands; its patches lie the other way round.
-    size = inputs[0].shape[-2:] if modality == "image" else inputs[0].shape[::-1]
-    grid = [(side - (spec.patch or 1)) // step + 1 for side, step in zip(size, spec.strides, strict=True)]
-    # Hierarchical towers merge patches two by two.
-    while math.prod(grid) > states.shape[1]:
-        grid = [side // 2 for side in grid]
-    # Class tokens and registers come first.
-    extra = states.shape[1] - math.prod(grid)
-    if spec.patch is None or not math.prod(grid) or extra > _MOST_EXTRA:
-        raise EncoderError(
-            f"{spec.family}: the {states.shape[1]} hidden states of {modality} media of size {list(size)} fit no grid "
-            "of patches; the tokens of this model are not supported"
-        )
-    return list(states[:, extra:].unflatten(1, grid))
-
-
-def _tower_vectors(
-    output: ModelOutput, spec: ModelSpec, modality: str, mask: Tensor | None, pooling: str
-) -> Tensor:
-    """Reduce the states of a single tower to one vector for each media of a batch: [B, E].
-
-    Raises:
-        EncoderError: the pooler was asked for, and the model has none.
-    """
-    states, pooled = output.last_hidden_state, output.get("pooler_output")
-    # Order of preference: the folder's own setting, the pooler of image towers, then first or mean.
-    if pooling == "auto":
-        own = "pooler" if modality == "image" and pooled is not None else None
-        fallback = "first" if modality == "image" and states.dim() == 3 else "mean"
-        pooling = spec.pooling or own or fallback
-    if pooling == "pooler":
-        if pooled is None:
-            raise EncoderError(f"this {spec.family} has no pooler; choose another pooling")
-        return pooled.flatten(1)
-    # Convolutional towers give a grid [B, C, H, W].
-    if states.dim() == 4:
-        states = states.flatten(2).transpose(1, 2)
-    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
-    return pool(states, mask, pooling)
-
-
-def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Reduce states [B, T, E] to [B, E] over the positions with mask 1, [B, T]; the padding is on the right.
-
-    Args:
-        states: [B, T, E].
-        mask: 1 or 0, [B, T].
-        pooling: "first", "last" or "mean".
-
-    Examples:
-        >>> pool(torch.arange(6.0).view(1, 3, 2), torch.tensor([[1, 1, 0]]), "mean")
-        tensor([[1., 2.]])
-    """
-    if pooling == "first":
-        return states[:, 0]
-    if pooling == "last":
-        # The last position that is not padding.
-        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-    weights = mask.unsqueeze(-1).float()
-    return (states.float() * weights).sum(1) / weights.sum(1)
 
 
 class HuggingFace:
@@ -212,7 +57,8 @@ class HuggingFace:
     Images: opened as everywhere in bindllm, then the model's image processor. Texts: the model's tokenizer, cut to the
     model's length with the end token kept. Audio: mono at the model's rate. Audio up to one window (CLAP's own length,
     10 seconds elsewhere) is used whole. Longer audio gives three windows, at the start, in the middle and at the end;
-    their unit embeddings are averaged. Everything is deterministic, so CLAP never uses its fusion of random crops.
+    their unit embeddings are averaged. Videos: as many frames as the model reads, from the middles of equal parts.
+    Everything is deterministic, so CLAP never uses its fusion of random crops.
 
     Args:
         name: a folder with ``config.json`` and ``model.safetensors``, or the id of a model on the hub.
@@ -224,9 +70,11 @@ class HuggingFace:
             models have their own.
         dtype: in which the model runs, float32, bfloat16 or float16; embeddings are float32 always.
         space: name of the joint space, when it is that of other encoders; by default one of its own.
+        dimensions: keep only the first numbers of a vector, for models that were trained for it (Matryoshka,
+            https://arxiv.org/abs/2205.13147); None: all.
 
     Raises:
-        InputError: an unknown pooling or dtype.
+        InputError: an unknown pooling or dtype, or dimensions below 1.
 
     Example:
         HuggingFace("openai/clip-vit-base-patch32", revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268")
@@ -241,9 +89,12 @@ class HuggingFace:
         pooling: Pooling = "auto",
         dtype: str = "float32",
         space: str | None = None,
+        dimensions: int | None = None,
     ) -> None:
         check_choice("pooling", pooling, get_args(Pooling))
         check_choice("dtype", dtype, _DTYPES)
+        if dimensions is not None and dimensions < 1:
+            raise InputError(f"dimensions is {dimensions}, expected at least 1, or null for all")
         self._chosen = None if modalities is None else list(modalities)
         # Plain settings only: config and fingerprint are read at the first use.
         self.config: dict[str, Any] = {
@@ -253,7 +104,10 @@ class HuggingFace:
             "pooling": pooling,
             "dtype": dtype,
             "space": space,
+            # Left out by default: checkpoints and stores of before stay valid.
+            **({} if dimensions is None else {"dimensions": dimensions}),
         }
+        self._dimensions = dimensions
         # Models at one revision share a space by default, also when they serve different modalities.
         self.space = space or (f"{name}@{revision}" if revision else str(name))
         self._device = torch.device("cpu")
@@ -275,8 +129,14 @@ class HuggingFace:
 
     @property
     def embedding_size(self) -> int:
-        """E; reads the model's config."""
-        return self._spec.width
+        """E; reads the model's config.
+
+        Raises:
+            EncoderError: more dimensions than the model has.
+        """
+        if (self._dimensions or 0) > self._spec.width:
+            raise EncoderError(f"{self._name} has {self._spec.width} dimensions, not {self._dimensions}")
+        return self._dimensions or self._spec.width
 
     @property
     def token_sizes(self) -> dict[str, int]:
@@ -291,7 +151,9 @@ class HuggingFace:
             EncoderError: files are missing.
         """
         if self._fingerprint is None:
-            settings = {name: self.config[name] for name in ("pooling", "dtype")}
+            settings = {
+                name: self.config[name] for name in ("pooling", "dtype", "dimensions") if name in self.config
+            }
             parts: list[str | Path] = [_REVISION, *weight_files(self._folder)]
             # Names and contents: a renamed file is another setting.
             for name, file in settings_files(self._folder):
@@ -311,7 +173,8 @@ class HuggingFace:
 
         Returns:
             an image: float32 [C, H, W], or its patches [rows, columns, C * side * side] if the model takes any
-            shape (SigLIP 2); a text: int64 ids [T]; audio: float32 [S, ...], one or three windows.
+            shape (SigLIP 2); a text: int64 ids [T]; audio: float32 [S, ...], one or three windows; a video: float32
+            [frames, C, H, W].
 
         Raises:
             MediaError: it cannot be read; the message names it.
@@ -322,6 +185,8 @@ class HuggingFace:
                 return self._prepare_image(media)
             case "text":
                 return self._prepare_text(media)
+            case "video":
+                return self._prepare_video(media)
             case _:
                 return self._prepare_audio(media)
 
@@ -396,8 +261,25 @@ class HuggingFace:
         return self._processors[modality]
 
     def _prepare_image(self, media: Media) -> Tensor:
-        image = open_image(media.source, size=None)
-        processor = self._processor("image")
+        return self._pixels(open_image(media.source, size=None), media, self._processor("image"))
+
+    def _prepare_video(self, media: Media) -> Tensor:
+        wanted, processor = self._spec.frames, self._processor("video")
+        places: list[int] = []
+
+        def pick(count: int, rate: Any) -> list[int]:
+            # A short video gives some frames several times.
+            places[:] = [(2 * n + 1) * count // (2 * wanted) for n in range(wanted)]
+            return sorted(set(places))
+
+        frames = {
+            number: self._pixels(Image.fromarray(frame), media, processor)
+            for number, frame in read_frames(media.source, pick=pick)
+        }
+        return torch.stack([frames[number] for number in places])
+
+    def _pixels(self, image: Image.Image, media: Media, processor: Any) -> Tensor:
+        """Return an image, or a frame of a video, as its processor gives it."""
         # CLIP's processor scales the short side to 224 before it cuts out the middle: 1 x 20,000 pixels take gigabytes.
         size = processor.to_dict().get("size") or {}
         if "shortest_edge" in size and max(image.size) > _MAX_ASPECT * min(image.size):
@@ -412,7 +294,7 @@ class HuggingFace:
                 f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
                 f"{self._name} cannot take ({error}); scale it first"
             ) from error
-        if self._spec.takes_patches("image"):
+        if media.modality == "image" and self._spec.takes_patches("image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
         # Tiles and other extra tensors would need a model with several vectors per image.
@@ -445,8 +327,11 @@ class HuggingFace:
         # The file is cut at the model's own rate, so that no window is resampled on its own.
         extractor = self._processor("audio")
         rate = extractor.sampling_rate
-        # CLAP's extractor names its own window.
-        window = round(rate * extractor.to_dict().get("max_length_s", _WINDOW_SECONDS))
+        # CLAP's and Whisper's extractors name their own windows.
+        settings = extractor.to_dict()
+        window = round(
+            rate * (settings.get("max_length_s") or settings.get("chunk_length") or _WINDOW_SECONDS)
+        )
 
         def spread(length: int) -> list[tuple[int, int]]:
             if length <= window:
@@ -472,24 +357,21 @@ class HuggingFace:
         dtype, pooling = _DTYPES[self.config["dtype"]], self.config["pooling"]
         for positions in batches(self._spec, modality, inputs, size=size):
             batch = [inputs[position] for position in positions]
-            fields = _batch_fields(self._spec, modality, batch, processor)
+            fields = batch_fields(self._spec, modality, batch, processor)
             # Ids and masks keep their integer type; everything else takes the model's.
             for name, value in fields.items():
                 fields[name] = value.to(self._device, dtype if value.is_floating_point() else None)
-            if self._spec.joint:
-                output = getattr(model, f"get_{modality}_features")(**fields)
-                embedded = output.pooler_output
-            else:
-                output = model(**fields)
-                mask = fields.get("attention_mask")
-                embedded = _tower_vectors(output, self._spec, modality, mask, pooling)
+            output = self._spec.rules.run(model, modality, fields)
+            embedded = output.pooler_output
+            if not self._spec.joint:
+                embedded = tower_vectors(output, self._spec, modality, fields, pooling)
             # A config that lies about its width would give a store of wrong rows.
-            if embedded.shape != (len(positions), self.embedding_size):
+            if embedded.shape != (len(positions), self._spec.width):
                 raise EncoderError(
                     f"{self._name} gives {list(embedded.shape)} for {len(positions)} media, its config says "
-                    f"{self.embedding_size} numbers each; this model is not supported"
+                    f"{self._spec.width} numbers each; this model is not supported"
                 )
-            rows[positions] = F.normalize(embedded.float(), dim=-1)
+            rows[positions] = F.normalize(embedded[:, : self.embedding_size].float(), dim=-1)
             if tokens:
                 states = output.last_hidden_state
                 found = token_grids(states, self._spec, modality, batch, processor)
