@@ -280,18 +280,6 @@ def read_spec(folder: Path) -> ModelSpec:
     frames = special.num_frames(values) if special else None
     if "video" in modalities and frames is None:
         raise EncoderError(f"{folder}: its config lacks the number of frames of a video")
-    text = values.get("text_config") or values
-    positions = text.get("max_position_embeddings")
-    # The RoBERTa family counts its positions from the padding id + 1.
-    offset = (
-        1 + text.get("pad_token_id", 0)
-        if "roberta" in str(text.get("model_type")) + model.__name__.lower()
-        else 0
-    )
-    limits = [
-        positions - offset if positions else None,
-        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-    ]
     # A joint model has a config for each tower; a single tower is its own.
     towers = {name: values.get(f"{_TOWERS[name]}_config") or values for name in modalities}
     widths = {name: _state_width(tower) for name, tower in towers.items()}
@@ -309,8 +297,20 @@ def read_spec(folder: Path) -> ModelSpec:
         # Only patches of spectrograms overlap.
         strides=(patches.get("frequency_stride") or patch or 1, patches.get("time_stride") or patch or 1),
         pooling=_sentence_pooling(folder),
-        max_tokens=min((limit for limit in limits if limit), default=None),
+        max_tokens=_longest_text(values.get("text_config") or values, model, folder),
     )
+
+
+def _longest_text(text: dict[str, Any], model: type, folder: Path) -> int | None:
+    """Return the most tokens of a text, from the config of its tower and the settings of sentence-transformers."""
+    positions = text.get("max_position_embeddings")
+    # The RoBERTa family counts its positions from the padding id + 1.
+    is_roberta = "roberta" in str(text.get("model_type")) + model.__name__.lower()
+    limits = [
+        positions - (1 + text.get("pad_token_id", 0) if is_roberta else 0) if positions else None,
+        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+    ]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.Module:
