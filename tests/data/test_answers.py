@@ -2,7 +2,7 @@
 
 import pytest
 
-from bindllm.data.answers import answer_words, is_right, option_letter, same_answer
+from bindllm.data.answers import answer_words, is_right, option_letter, same_answer, stated_answer, vote
 
 OPTIONS = ("a rose", "the sea", "both", "C")
 
@@ -88,3 +88,16 @@ def test_multiple_choice_is_right_by_letter_in_any_form():
     assert not is_right("The answer is (A).", references, OPTIONS)
     assert not is_right("no idea", references, OPTIONS)
     assert is_right("the sea", ["The sea"], ())
+
+
+def test_the_last_stated_answer_counts_also_without_options():
+    assert stated_answer("A cat. The answer is one. No, the answer is: two.\nOr not.") == "two."
+    assert [stated_answer(text) for text in ("two", "The answer is", "Answer: 2")] == [None, None, "2"]
+    assert is_right("a cat and a dog.\nThe answer is two.", ["two"])
+    assert not is_right("two dogs.\nThe answer is three.", ["two"])
+
+
+def test_votes():
+    assert vote(["a", "The B.", None, "b"]) == 1
+    assert vote(["b", "a", "a", "b"]) == 0
+    assert vote([None, None]) == vote([]) == 0

@@ -1,5 +1,9 @@
 """Formats of one question and its answer: instructions, captions, VQA and multiple choice."""
 
+import json
+import os
+import time
+
 import pytest
 
 from bindllm.conversation import INPUT_HEADER
@@ -195,6 +199,63 @@ def test_multiple_choice_without_and_with_a_rationale(read):
         PROMPT.replace("Context: Fire is hot.\n", ""),
         "The answer is (B).",
     ]
+
+
+def test_rationales_of_two_stages(read):
+    first, second = (read("choice", CHOICE, rationale=kind) for kind in ("only", "given"))
+    assert said(first) == [PROMPT, "Wood burns.\nA match is of wood."]
+    assert said(second) == [f"{PROMPT}\nRationale: Wood burns.\nA match is of wood.", "The answer is (B)."]
+    # A rationale is no answer that could be exact.
+    assert (first.task, second.task) == ("chat", "answer")
+    record = {"image": "a.png", "question": "How many?", "answer": "two", "rationale": "a cat and <image>."}
+    texts = [said(read("vqa", record, rationale=kind)) for kind in (False, True, "only", "given")]
+    assert texts == [
+        ["How many?", "two"],
+        ["How many?", "a cat and <image>.\nThe answer is two."],
+        ["How many?", "a cat and <image>."],
+        ["How many?\nRationale: a cat and <image>.", "two"],
+    ]
+    assert read("vqa", record, rationale=True).references == ("two",)
+    del record["rationale"]
+    with pytest.raises(InputError, match="no rationale to learn"):
+        read("vqa", record, rationale="only")
+    assert [len(read("vqa", record, rationale=kind).remarks) for kind in (False, True, "given")] == [0, 1, 1]
+
+
+def test_generated_rationales_are_matched_by_id(read, tmp_path):
+    file = tmp_path / "answers.jsonl"
+
+    def rationale(number, **config):
+        record = {"id": number, "image": "a.png", "question": "Which?", "answer": "two", "rationale": "Gold."}
+        return said(read("vqa", record, **{"rationale": "given", "rationales": str(file), **config}))
+
+    def write(*lines):
+        lines = [{"prompt_sha256": "0", "id": str(n), **line} for n, line in enumerate(lines)]
+        file.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines[::-1]))
+        # Within the resolution of the clock a file may be written twice.
+        os.utime(file, ns=(0, time.monotonic_ns()))
+
+    write({"answer": "Zero."}, {"answer": "One.\u2028"}, {"error": "no file"})
+    assert rationale(1) == ["Which?\nRationale: One.", "two"]
+    assert rationale(0, rationale=True) == ["Which?", "Zero.\nThe answer is two."]
+    for number in (2, 3, None):
+        with pytest.raises(InputError, match="no rationale has the id of the row"):
+            rationale(number)
+    # An evaluation also has controls, and its file may have been written again.
+    write({"answer": "New.", "variant": "model"}, {"id": "0", "answer": "Control.", "variant": "no_media"})
+    assert rationale(0) == ["Which?\nRationale: New.", "two"]
+    for wrong in ({"id": "0", "answer": "Other."}, {"answer": ["a", "b"]}):
+        write({"answer": "One."}, wrong)
+        with pytest.raises(InputError, match="several answers of the id"):
+            rationale(0)
+    for text in ('{"id": "0", "answer": "two"}\n', '{"prompt_sha256": "0", "answer": "two"}\n', "[]\n", "?"):
+        file.write_text(text)
+        os.utime(file, ns=(0, time.monotonic_ns()))
+        with pytest.raises(InputError, match="cannot be read as rationales"):
+            rationale(0)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read as rationales"):
+        rationale(0)
 
 
 def test_media_of_a_choice(read):

@@ -401,6 +401,10 @@ def test_captions_that_cannot_be_used_get_no_hint_of_formats(folder):
         read_source(SourceConfig(path))
 
 
-def test_rationale_belongs_to_multiple_choice():
-    with pytest.raises(InputError, match="rationale belongs to format: choice, not to vqa"):
-        SourceConfig("x", "vqa", rationale=True)
+def test_rationales_belong_to_questions():
+    with pytest.raises(InputError, match="rationale belongs to format: choice or vqa, not to caption"):
+        SourceConfig("x", "caption", rationale=True)
+    with pytest.raises(InputError, match="rationale must be true, false, only or given, not 'gold'"):
+        SourceConfig("x", "vqa", rationale="gold")
+    with pytest.raises(InputError, match="rationales are not used with rationale: false"):
+        SourceConfig("x", "vqa", rationales="answers.jsonl")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmark_parts import captions, image, mme, pope, scienceqa
-from bindllm import Media, Message
+from bindllm import BindLLM, Media, Message
 from bindllm.cli import main
 from bindllm.data.rows import tokenize
 from bindllm.embeddings.datastore import Datastore, Record
@@ -362,6 +362,53 @@ def test_a_random_option_only_if_it_is_asked_for_and_the_same_every_time(measure
     assert drawn[0].facts["counts"]["unparsed"] == 4
     assert drawn[0].lines["model"][0]["parser"] == "letter, else random with seed 3"
     assert any(scores[0])
+
+
+def test_rationales_of_a_first_stage_are_matched_by_id(measure, tmp_path):
+    root = scienceqa(tmp_path / "scienceqa")
+    first = measure("scienceqa", root=root, output="first", controls=False)
+    lines = first.lines["model"]
+    # In another order, and without the last question.
+    file = tmp_path / "some.jsonl"
+    file.write_text(
+        "".join(json.dumps({**line, "answer": f"R{line['id']}"}) + "\n" for line in lines[-2::-1])
+    )
+    second = measure("scienceqa", root=root, output="second", rationales=str(file))
+    asked = {line["id"]: line["question"] for line in second.lines["model"]}
+    assert {name: text.rpartition("\n")[2] for name, text in asked.items()} == {
+        line["id"]: f"Rationale: R{line['id']}" for line in lines[:-1]
+    }
+    assert second.facts["skipped"] == {"no rationale has the id of the row": 1}
+    assert "the controls keep the rationales" in "".join(second.facts["notes"])
+    with pytest.raises(InputError, match="cannot be read as rationales"):
+        measure("scienceqa", root=root, output="third", rationales=str(tmp_path / "missing.jsonl"))
+
+
+def test_the_most_frequent_of_several_samples_counts(measure, tmp_path, monkeypatch):
+    root, asked = scienceqa(tmp_path / "scienceqa"), []
+    decode = BindLLM.decode
+
+    def decoded(self, answers):
+        texts = decode(self, answers)
+        asked.append(texts)
+        return [["(A)", "none", "The answer is (B).", "B", "b."][n % 5] for n in range(len(texts))]
+
+    monkeypatch.setattr(BindLLM, "decode", decoded)
+    options = {"root": root, "samples": 5, "temperature": 1.5, "controls": False}
+    done = measure("scienceqa", output="out", **options)
+    assert {line["answer"] for line in done.lines["model"]} == {"The answer is (B)."}
+    assert len(asked[0]) == 10
+    # Sampled, and the same every time.
+    assert len(set(asked[0][:5])) > 1
+    first = [*asked]
+    asked.clear()
+    measure("scienceqa", output="again", **options)
+    assert asked == first
+    with pytest.raises(InputError, match="voted_by 'letter'"):
+        measure("scienceqa", output="again", parser="the_answer_is", **options)
+    for wrong in ({"temperature": 1.0}, {"samples": 0}, {"samples": 2, "choose": "likelihood"}):
+        with pytest.raises(InputError, match="samples|temperature"):
+            measure("scienceqa", root=root, output="wrong", **wrong)
 
 
 def test_options_can_be_chosen_by_log_likelihood(measure, tmp_path, model):

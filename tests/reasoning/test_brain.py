@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+import bindllm.reasoning.brain
 from bindllm import Media
+from bindllm.embeddings.datastore import Datastore, Record
+from bindllm.errors import InputError, StoreError
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
 from bindllm.reasoning.brain import OWN_FORM, LocalBrain, _Constrained, _signature
 from bindllm.reasoning.eyes import model_tools
+from bindllm.reasoning.flat import FlatMasker, calls_pattern
+from bindllm.reasoning.measure import calculate
 from bindllm.reasoning.solver import Budget, Solver
-from bindllm.reasoning.tools import tool
-from tiny import save_tiny_decoder, tiny_model
+from bindllm.reasoning.tools import Tool, tool
+from tiny import COLORS, ColorEncoder, save_tiny_decoder, tiny_model
 
 TAGS = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -39,10 +44,12 @@ def model(tmp_path_factory):
     return tiny_model(folder)
 
 
-@pytest.fixture(params=["text", "template"])
+@pytest.fixture(params=["text", "template", "text without llguidance", "template without llguidance"])
 def brain(model, request, monkeypatch):
-    if request.param == "template":
+    if request.param.startswith("template"):
         monkeypatch.setattr(model.tokenizer, "chat_template", TAGS)
+    if "without" in request.param:
+        monkeypatch.setattr("bindllm.reasoning.brain.find_spec", lambda name: None)
     return LocalBrain(model)
 
 
@@ -155,6 +162,81 @@ def test_free_text_ends_where_the_mark_of_a_call_is_complete(form, good, bad, mo
             assert accepted == (text in good and (not required or starts)), (text, required)
 
 
+def test_without_llguidance_calls_of_flat_schemas_are_valid(model):
+    functions = [one.for_openai({"image1": IMAGE})["function"] for one in (look, calculate, optional)]
+    pattern = calls_pattern(OWN_FORM, functions, required=False, most=2)
+    ids = model.tokenizer("")["input_ids"]
+    masker = FlatMasker(pattern, model.tokenizer, len(ids), [model.tokenizer.eos_token_id], lambda ids: False)
+    look_at = '{"name": "look", "arguments": {"image": "%s", "side": "left"}}'
+    add = '{"name": "calculate", "arguments": {"operation": "add", "a": %s, "b": "result1"}}'
+    other = '{"name": "optional", "arguments": {%s}}'
+    good = [
+        "Two cats.",
+        "I look.\nCall: " + look_at % "image1",
+        f"Call: {look_at % 'result12'}\nCall: {add % '-1.5'}",
+        *(f"Call: {other % text}" for text in ("", '"b": true', '"a": ["x", "\\n"], "b": false', '"a": []')),
+    ]
+    bad = [
+        "Call: me",
+        "Call: " + look_at % "image2",
+        "Call: " + add % "01",
+        "Call: " + add % '"one"',
+        "Call: " + other % '"b": true, "a": []',
+        "\n".join([f"Call: {add % 1}"] * 3),
+    ]
+    for text in [*good, *bad]:
+        accepted, tokens = True, [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]
+        for at, token in enumerate(tokens):
+            before, scores = torch.tensor([tokens[:at]], dtype=torch.long), torch.zeros(1, 259)
+            # The token that is tried first.
+            scores[0, token] = 1
+            accepted = accepted and bool(masker(before, scores)[0, token] > -torch.inf)
+        assert accepted == (text in good), text
+    nested = Tool("nested", "", {"type": "object", "properties": {"a": {"type": "object"}}}, print)
+    with pytest.raises(InputError, match="the tool nested has a parameter.*install llguidance"):
+        calls_pattern(OWN_FORM, [nested.for_openai({})["function"]], required=True, most=1)
+
+
+@tool
+def optional(a: list[str] | None = None, b: bool = False) -> str:
+    """Take what is given."""
+    return f"{a} {b}"
+
+
+class NamedColors(ColorEncoder):
+    """Texts have the embedding of the color that they name."""
+
+    modalities = ("image", "text")
+
+    def prepare(self, media):
+        if media.modality == "text":
+            (value,) = (value for name, value in COLORS.items() if name in media.source)
+            media = Media.image(np.full((24, 24, 3), value, np.uint8))
+        return super().prepare(media)
+
+
+def test_classify_and_retrieve_compare_embeddings(tmp_path):
+    model = tiny_model(save_tiny_decoder(tmp_path), encoders=[NamedColors()])
+    images = {name: Media.image(np.full((24, 24, 3), value, np.uint8)) for name, value in COLORS.items()}
+    records = [Record((), name, "image", (f"a {name} square",)) for name in images]
+    store = Datastore(
+        model.encode([[one] for one in images.values()]), records, [NamedColors().fingerprint()]
+    )
+    tools = {one.name: one for one in model_tools(model, datastore=store)}
+    assert [*tools] == ["describe", "ask", "count", "classify", "retrieve"]
+    labels = ["blue", "a red thing", "green"]
+    assert [tools["classify"](images[name], labels) for name in ("red", "green")] == ["a red thing", "green"]
+    with pytest.raises(InputError, match="1 labels, expected at least 2"):
+        tools["classify"](images["red"], ["red"])
+    assert tools["retrieve"](images["blue"], 1) == ["a blue square"]
+    assert len(tools["retrieve"](images["blue"], 20)) == len(images)
+    for number in (0, 21):
+        with pytest.raises(InputError, match="expected 1 to 20"):
+            tools["retrieve"](images["blue"], number)
+    with pytest.raises(StoreError, match="was built with the encoder"):
+        model_tools(model, datastore=Datastore(torch.eye(4), records, ["f" * 64]))
+
+
 def test_the_tools_of_a_model_look_at_media(model):
     tools = {one.name: one for one in model_tools(model, max_new_tokens=4)}
     # The tiny encoder serves neither texts nor a datastore.
@@ -187,6 +269,7 @@ def test_a_reply_ends_with_the_second_of_two_equal_calls(brain, model, monkeypat
         scores[0, wanted[position]] = 9
         return constrained(self, ids, scores)
 
-    constrained = _Constrained.__call__
-    monkeypatch.setattr(_Constrained, "__call__", follow)
+    kind = _Constrained if bindllm.reasoning.brain.find_spec("llguidance") else FlatMasker
+    constrained = kind.__call__
+    monkeypatch.setattr(kind, "__call__", follow)
     assert ask(brain).calls == (("look", {"image": "image1", "side": "left"}),) * 2

@@ -1,5 +1,6 @@
 """Declared tools, the handles and references that a planner may write, and the tools that measure media."""
 
+import wave
 from typing import Annotated, Literal
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_references_become_results_and_handles_become_media():
         calculate.resolve({"operation": "add", "a": "result2", "b": 1}, {}, results)
 
 
-def test_audio_is_measured():
+def test_audio_is_measured(tmp_path):
     seconds = np.arange(32_000) / 16_000
     for pitch in (110, 440):
         tone = 0.5 * np.sign(np.sin(2 * np.pi * pitch * seconds)).astype(np.float32)
@@ -134,6 +135,14 @@ def test_audio_is_measured():
         assert (found["seconds"], found["loudness_db"]) == (2.0, -6.0)
     noise = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
     assert measure_audio(Media.audio(noise))["pitch_hz"] is None
+    # Files are decoded as anywhere else; only the first minute is heard, and the duration is that of the file.
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((2, 2, 8000, 0, "NONE", ""))
+        tone = np.sin(2 * np.pi * 220 * np.arange(8000 * 61) / 8000) * (np.arange(8000 * 61) < 8000 * 60)
+        file.writeframes(np.repeat(tone * 16384, 2).astype("<i2").tobytes())
+    found = measure_audio(Media.audio(tmp_path / "a.wav"))
+    assert (found["seconds"], found["loudness_db"]) == (61.0, -9.0)
+    assert found["pitch_hz"] == pytest.approx(220, rel=0.01)
     silent = measure_audio(Media.audio(np.zeros(10, np.float32)))
     assert (silent["loudness_db"], silent["pitch_hz"]) == (None, None)
 

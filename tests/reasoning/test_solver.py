@@ -176,6 +176,24 @@ def test_a_brain_that_raises_or_hangs_is_a_typed_failure():
     assert (found.failure, time.monotonic() - started < 10) == ("seconds", True)
 
 
+@pytest.mark.parametrize("kind", ["no result in", "longer than 20,000 characters", "OSError: no camera"])
+def test_a_bad_tool_is_reported_to_the_brain_and_in_the_trace(kind):
+    @tool
+    def bad(image: Annotated[Media, "image"]) -> str:
+        """Look."""
+        if "no result" in kind:
+            threading.Event().wait(30)
+        if "camera" in kind:
+            raise OSError("no camera")
+        return "x" * 10**6
+
+    plan = Reply("", (("bad", {"image": "image1"}), LOOK))
+    found, brain = solve(plan, Reply("128."), tools=[bad, count], call_seconds=1.0)
+    assert (found.answer, found.seconds < 10) == ("128.", True)
+    for text in (brain.asked[1][0][-2]["content"], "\n".join(found.trace.lines())):
+        assert f"result1: error: {kind}" in text.replace("the result is ", "")
+
+
 def test_a_tool_that_hangs_ends_with_the_run():
     @tool
     def wait(image: Annotated[Media, "image"]) -> str:

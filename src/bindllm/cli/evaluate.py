@@ -15,7 +15,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bindllm.atomic import write_json
 from bindllm.cli.generate import ModelOptions
-from bindllm.cli.options import print_whole
+from bindllm.cli.options import PositiveNumber, print_whole
 from bindllm.errors import BindLLMError, UsageError, printable_lines
 from bindllm.imports import name_module
 
@@ -37,7 +37,7 @@ class BenchmarkOptions:
     unparsed: Literal["wrong", "random"] = "wrong"
     """an answer that the parser cannot read is wrong, or a random option, as in the scripts of ScienceQA"""
     seed: int = 0
-    """seed of random options"""
+    """seed of random options and samples"""
     prompt: str | None = None
     """frame of a question, such as "{question} Answer briefly.", or the question about media with captions"""
     choose: Literal["text", "likelihood"] = "text"
@@ -50,6 +50,12 @@ class BenchmarkOptions:
     """answers generated at the same time"""
     max_new_tokens: PositiveInt | None = None
     """length of the longest answer (default: that of the benchmark)"""
+    samples: PositiveInt | None = None
+    """sample so many answers to each question; the most frequent one counts (default: one greedy answer)"""
+    temperature: PositiveNumber | None = None
+    """temperature of the samples (default: 0.7)"""
+    rationales: str | None = None
+    """file with generated rationales, which are added to the questions of the same ids (docs/rationales.md)"""
     store: str = "data/store"
     """folder of the embedding store"""
     output: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from string import ascii_uppercase
 
@@ -57,6 +58,33 @@ def same_answer(prediction: str, references: Sequence[str]) -> bool:
     return bool(words) and any(words == answer_words(reference) for reference in references)
 
 
+def stated_answer(text: str) -> str | None:
+    """Return the rest of the line after the last "answer is" or "answer:" of a text; None: it states no answer.
+
+    Examples:
+        >>> stated_answer("A cat and a dog. The answer is two."), stated_answer("A cat.")
+        ('two.', None)
+    """
+    found = _UP_TO_ANSWER.match(text)
+    # The last statement counts, because a model that reasons may correct itself.
+    return (found and text[found.end() :].lstrip(" \t\n:").partition("\n")[0].strip()) or None
+
+
+def vote(answers: Sequence[str | None]) -> int:
+    """Return the position of the first of the most frequent answers (self-consistency, arXiv 2203.11171).
+
+    Answers of the same words are one. None stands for a text without an answer, which has no vote.
+
+    Examples:
+        >>> vote([None, "two", "Three.", "three"]), vote([None, None])
+        (2, 0)
+    """
+    words = [None if answer is None else " ".join(answer_words(answer)) for answer in answers]
+    counts = Counter(one for one in words if one is not None)
+    # most_common keeps the order of equal counts, so the first one wins.
+    return words.index(counts.most_common(1)[0][0]) if counts else 0
+
+
 def option_letter(text: str, options: Sequence[str]) -> str | None:
     """Return the letter of the option that an answer chooses, or None if it chooses none.
 
@@ -91,6 +119,8 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
 def is_right(prediction: str, references: Sequence[str], options: Sequence[str] = ()) -> bool:
     """Whether an answer is right: by its option if there are options, else by its words.
 
+    The words of a true answer are the whole answer, or all that follows its last "answer is".
+
     Args:
         prediction: the answer.
         references: the true answers.
@@ -104,4 +134,4 @@ def is_right(prediction: str, references: Sequence[str], options: Sequence[str] 
         true = {option_letter(reference, options) for reference in references} - {None}
         if true:
             return option_letter(prediction, options) in true
-    return same_answer(prediction, references)
+    return any(same_answer(text, references) for text in (prediction, stated_answer(prediction) or ""))

@@ -31,6 +31,7 @@ Strategy = Literal["2-way", "2-way-random", "2-way-weight", "mix"]
 Names = Literal["made-up", "true"]
 Negatives = Literal["random", "hard"]
 Layout = Literal["table", "isekai", "imagenet"]
+Rationale = bool | Literal["only", "given"]
 
 
 def split_named(name: object) -> Split | None:
@@ -215,8 +216,10 @@ class SourceConfig:
         columns: names of the columns of the table.
         media: folder that paths of media are relative to; by default, the folder of their table.
         allow_outside: whether rows may name files outside that folder; false for tables that you do not trust.
-        rationale: in multiple choice, learn the lecture and the explanation before the answer (QCM-LE-A) instead of
-            only the answer (QCM-A).
+        rationale: in vqa and choice, the use of lecture and explanation. false: none (QCM-A). true: learn them before
+            the answer (QCM-LE-A). only: learn only them (QCM-LE). given: they belong to the question (QCMG-A).
+        rationales: a file with generated rationales, used instead of those of the rows with the same column ``id``:
+            what ``bindllm generate --input`` wrote. A row without one is skipped.
         episodes: draw episodes of link-context learning from the images and their labels. Each class is in one split.
     """
 
@@ -232,7 +235,8 @@ class SourceConfig:
     columns: Columns = field(default_factory=Columns)
     media: str | None = None
     allow_outside: bool = True
-    rationale: bool = False
+    rationale: Rationale = False
+    rationales: str | None = None
     episodes: EpisodeConfig | None = None
 
     def __post_init__(self) -> None:
@@ -257,7 +261,13 @@ class SourceConfig:
             raise InputError(f"{self.path}: held_out must be from 0 to below 1, not {self.held_out}")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"{self.path}: limit must be at least 1, not {self.limit}")
-        if self.rationale and self.format != "choice":
-            raise InputError(f"{self.path}: rationale belongs to format: choice, not to {self.format}")
+        if self.rationale not in (False, True, "only", "given"):
+            raise InputError(
+                f"{self.path}: rationale must be true, false, only or given, not {self.rationale!r}"
+            )
+        if self.rationale and self.format not in ("choice", "vqa"):
+            raise InputError(f"{self.path}: rationale belongs to format: choice or vqa, not to {self.format}")
+        if self.rationales is not None and not self.rationale:
+            raise InputError(f"{self.path}: rationales are not used with rationale: false; choose given")
         if self.episodes is not None and self.format != "caption":
             raise InputError(f"{self.path}: episodes belong to format: caption, not to {self.format}")

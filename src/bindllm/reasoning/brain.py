@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import check_options
 from bindllm.model.generation.calls import STRICT_JSON, CallForm
 from bindllm.model.generation.constraint import Constraint, Grammars
+from bindllm.reasoning.flat import FlatMasker, calls_pattern
 from bindllm.reasoning.tools import REFERENCE
 
 Dicts = Sequence[Mapping[str, Any]]
@@ -128,11 +130,18 @@ class LocalBrain:
         batch = self._model.prepare(conversation, None, **options)
         if tools:
             functions = [tool["function"] for tool in tools]
-            grammar = self._form.grammar(functions, several=True, required=required, most=MOST_CALLS)
-            constraint, ends = self._grammars.compile(grammar), self._model.settings.eos_token_id
-            options["logits_processor"] = [_Constrained(constraint, batch[0].shape[1], ends, self._repeats)]
+            options["logits_processor"] = [self._mask(functions, required=required, width=batch[0].shape[1])]
         ids = self._model.generate_from(*batch, **options)[0]
         return self._read(ids, has_tools=bool(tools))
+
+    def _mask(self, functions: Dicts, *, required: bool, width: int) -> LogitsProcessor:
+        """Return what keeps calls valid: a grammar, or without llguidance an expression of flat schemas."""
+        ends = self._model.settings.eos_token_id
+        if find_spec("llguidance") is None:
+            pattern = calls_pattern(self._form, functions, required=required, most=MOST_CALLS)
+            return FlatMasker(pattern, self._model.tokenizer, width, ends, self._repeats)
+        grammar = self._form.grammar(functions, several=True, required=required, most=MOST_CALLS)
+        return _Constrained(self._grammars.compile(grammar), width, ends, self._repeats)
 
     def _read(self, ids: Tensor, *, has_tools: bool) -> Reply:
         (text,) = self._model.decode(ids[None])

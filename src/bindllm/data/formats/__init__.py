@@ -1,7 +1,8 @@
 """Formats of training rows. Each writes a record as OpenAI messages; one parser turns those into a `Row`.
 
-The prompt and the two kinds of answer of ``choice`` are those of ScienceQA (Lu et al. 2022, section 5.1): question,
+The prompt and the kinds of answer of ``choice`` are those of ScienceQA (Lu et al. 2022, section 5.1): question,
 context and options, then only the answer (QCM-A), or lecture and explanation first and the answer last (QCM-LE-A).
+Multimodal-CoT (arXiv 2302.00923) does it in two stages: QCM-LE, then QCMG-A with the generated rationale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from string import ascii_uppercase
+from typing import Any
 
 from bindllm.conversation import INPUT_HEADER, Conversation, Message, Role
 from bindllm.conversation.messages import (
@@ -24,6 +26,7 @@ from bindllm.conversation.messages import (
     role_of,
 )
 from bindllm.data.formats.columns import Fields, as_list, as_text, from_json, json_list
+from bindllm.data.formats.rationales import read_rationales
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import Record
@@ -36,6 +39,8 @@ MINIGPT4_IMAGES = "image/{}.jpg"
 QUESTION = "{question}"
 """Stands for the question in a prompt of ``vqa``."""
 CONTROL = "a caption with control characters, removed"
+"""Remark on a row."""
+NO_RATIONALE = "a row without a rationale, used as a question and its answer"
 """Remark on a row."""
 _BYTE_ORDER_MARK = "\ufeff"
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -101,7 +106,7 @@ def minigpt4(fields: Fields) -> Row:
 
 
 def vqa(fields: Fields) -> Row:
-    """Read ``{"image": path, "question": text, "answer": text or list, "type": text}``.
+    """Read ``{"image": path, "question": text, "answer": text or list, "type": text, "rationale": text}``.
 
     The answers of VQAv2, ``[{"answer": ...}, ...]``, are a list too. The most frequent answer is learned, the first
     of them in a tie; all answers are references, as often as they were given.
@@ -112,8 +117,8 @@ def vqa(fields: Fields) -> Row:
     answers = _answers(fields)
     # The first of equally frequent answers: most_common keeps their order.
     answer, _ = Counter(answers).most_common(1)[0]
-    media = fields.media(required=True)
-    return fields.row(_exchange(question, answer), media, "answer", references=tuple(answers))
+    sentence = f"The answer is {answer}." if fields.config.rationale is True else answer
+    return _reasoned(fields, [question], sentence, fields.media(required=True), references=tuple(answers))
 
 
 def choice(fields: Fields) -> Row:
@@ -123,15 +128,10 @@ def choice(fields: Fields) -> Row:
     """
     options, labels = options_of(fields)
     right = answer_of(options, _index(fields, options, labels))
-    answer = right
-    if fields.config.rationale:
-        answer = "\n".join([*filter(None, (fields.text("lecture"), fields.text("solution"))), right])
     # A placeholder counts in the question only: an option may spell one.
     rest = Verbatim(listing(options, fields.text("hint")))
     question = [f"Question: {fields.require_text('question')}", rest]
-    return fields.row(
-        _exchange(question, answer), fields.media(), "answer", references=(right,), options=options
-    )
+    return _reasoned(fields, question, right, fields.media(), references=(right,), options=options)
 
 
 def alpaca(fields: Fields) -> Row:
@@ -239,6 +239,27 @@ def preference(fields: Fields) -> Row:
 
 def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _reasoned(fields: Fields, question: list[str], answer: str, media: RecordMedia, **facts: Any) -> Row:
+    """Return the row of a question, with lecture and explanation where the source wants them."""
+    kind = fields.config.rationale
+    if fields.config.rationales is None:
+        rationale = "\n".join(filter(None, (fields.text("lecture"), fields.text("solution"))))
+    elif (rationale := read_rationales(fields.config.rationales).get(str(fields.record.get("id")))) is None:
+        raise RowError("no rationale has the id of the row")
+    if kind == "only":
+        if not rationale:
+            raise RowError("no rationale to learn: the row has neither a lecture nor an explanation")
+        # Exact answers do not measure a rationale, so held-out ones are measured by their loss.
+        return fields.row(_exchange(question, rationale), media, "chat")
+    if kind == "given" and rationale:
+        question = [*question, Verbatim(f"\nRationale: {rationale}")]
+    elif kind and rationale:
+        answer = f"{rationale}\n{answer}"
+    elif kind:
+        facts["remarks"] = (NO_RATIONALE,)
+    return fields.row(_exchange(question, answer), media, "answer", **facts)
 
 
 def listing(options: tuple[str, ...], hint: str) -> str:

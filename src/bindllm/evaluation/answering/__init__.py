@@ -1,4 +1,4 @@
-"""Answers of a model to held-out items, batch by batch: greedy texts, or the most likely option of a multiple choice.
+"""Answers of a model to held-out items, batch by batch: texts, or the most likely option of a multiple choice.
 
 Prompts of similar length share a batch, and equal inputs are answered once. Batches depend only on the items and the
 batch size, so an evaluation that skips batches which are done gives the answers of one that was not interrupted.
@@ -34,6 +34,22 @@ class Choice(NamedTuple):
     probability: float
 
 
+class Sampling(NamedTuple):
+    """Several sampled answers to each question, of which one is kept (self-consistency, arXiv 2203.11171).
+
+    Args:
+        count: answers to each question.
+        temperature: of sampling, above 0.
+        seed: of sampling.
+        choose: returns the position of the kept one among the answers to an item.
+    """
+
+    count: int
+    temperature: float
+    seed: int
+    choose: Callable[[int, list[str]], int]
+
+
 Answers = Iterator[tuple[list[int], list[str]]]
 """Positions of items, and their answers, for each batch."""
 Choices = Iterator[tuple[list[int], list[Choice]]]
@@ -50,9 +66,10 @@ def answer_batches(
     *,
     batch_size: int,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
     is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
 ) -> Answers:
-    """Yield positions and greedy answers to the last question of each item, batch by batch.
+    """Yield positions and answers to the last question of each item, batch by batch.
 
     Args:
         model: in eval mode.
@@ -60,14 +77,29 @@ def answer_batches(
         lookup: returns the embeddings of media groups.
         batch_size: different inputs answered at the same time.
         max_new_tokens: longest answer.
+        sampling: how answers are sampled; None: they are greedy.
         is_done: whether all items at these positions have an answer already; their batch is skipped.
     """
     pad_id = model.tokenizer.pad_token_id
     for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
         # Padded on the left, so that generation starts at one position.
         batch = prompt_batch([items[n] for n in rows], lookup, pad_id=pad_id)
-        texts = model.decode(model.generate_from(**batch, max_new_tokens=max_new_tokens))
+        options = {} if sampling is None else _sampling_options(sampling, rows)
+        texts = model.decode(model.generate_from(**batch, max_new_tokens=max_new_tokens, **options))
+        if sampling is not None:
+            groups = [texts[at : at + sampling.count] for at in range(0, len(texts), sampling.count)]
+            texts = [group[sampling.choose(n, group)] for n, group in zip(rows, groups, strict=True)]
         yield _to_all(positions, texts)
+
+
+def _sampling_options(sampling: Sampling, rows: Sequence[int]) -> dict[str, object]:
+    # Seeded by the batch, so that an evaluation that skips finished batches samples the same answers.
+    torch.manual_seed(hash((sampling.seed, *rows)) % 2**63)
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "num_return_sequences": sampling.count,
+    }
 
 
 @torch.no_grad()

@@ -190,7 +190,14 @@ class Items:
         self.items = [item for item in self.items if item.unit not in units]
 
 
-def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | None = None) -> Items:
+def read_items(
+    benchmark: Benchmark,
+    folder: Path,
+    *,
+    prompt: str,
+    limit: int | None = None,
+    rationales: str | None = None,
+) -> Items:
     """Read the items of a benchmark.
 
     Args:
@@ -198,6 +205,7 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
         folder: folder, or table, with its published files.
         prompt: see `Benchmark`.
         limit: only this many questions, chosen by the hash of their units; None: all.
+        rationales: file with rationales that are added to the questions, by id; a question without one is skipped.
 
     Raises:
         InputError: the folder has another layout, or none of its questions can be asked.
@@ -210,11 +218,18 @@ def read_items(benchmark: Benchmark, folder: Path, *, prompt: str, limit: int | 
         seen[entry.id] += 1
         # Kept, because published files repeat ids of different questions; counted, because results name them.
         name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
-        entries.append(replace(entry, id=name, unit=entry.unit or name))
+        record = {**entry.record, "id": name}
+        entries.append(replace(entry, id=name, unit=entry.unit or name, record=record))
     chosen = entries if limit is None else _limited(entries, limit)
     found = Items([], Skipped(), len(entries), len(chosen), sum(count - 1 for count in seen.values()))
     config = SourceConfig(
-        str(folder), format=benchmark.format, modality=benchmark.modality, prompt=prompt, split="test"
+        str(folder),
+        format=benchmark.format,
+        modality=benchmark.modality,
+        prompt=prompt,
+        split="test",
+        rationale=False if rationales is None else "given",
+        rationales=rationales,
     )
     # Readers give whole paths, because files of one benchmark are in several folders.
     resolve, failed = FolderResolver(""), {}
@@ -261,6 +276,8 @@ def _item(entry: Entry, config: SourceConfig, resolve: FolderResolver) -> Item:
 
     if entry.problem:
         raise InputError(entry.problem)
+    if entry.row is not None and config.rationales:
+        raise InputError("its reader makes the whole conversation, so no rationale can be added")
     made = row(entry.record) if entry.row is None else entry.row
     shots = [row(record).conversation.messages for record in entry.shots]
     examples = [Shot(question.text, answer.text, question.media) for question, answer in shots]

@@ -10,7 +10,7 @@ import re
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
-from bindllm.data.answers import answer_words, option_letter
+from bindllm.data.answers import answer_words, option_letter, stated_answer
 from bindllm.evaluation.captions import caption_words
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ def the_answer_is(text: str, item: Item) -> str | None:
     """Return the letter of the only "The answer is (B).", as in the scripts of ScienceQA and mm-cot."""
     found = _THE_ANSWER_IS.findall(text)
     return found[0] if len(found) == 1 and found[0] in ascii_uppercase[: len(item.row.options)] else None
+
+
+def stated(text: str, item: Item) -> str | None:
+    """Return the rest of the line after the last "answer is", see `bindllm.data.answers.stated_answer`."""
+    return stated_answer(text)
 
 
 def whole(text: str, item: Item) -> str | None:

@@ -23,13 +23,14 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bindllm import __version__
+from bindllm.data.answers import vote
 from bindllm.data.collate import Lookup
 from bindllm.data.embeddings import MediaEmbeddings, RetrievedRecords
 from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, make_sample
 from bindllm.encoders import encoder_for
 from bindllm.errors import InputError, check_choice
-from bindllm.evaluation.answering import Answers, Choice, Choices, answer_batches, choice_batches
+from bindllm.evaluation.answering import Answers, Choice, Choices, Sampling, answer_batches, choice_batches
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
@@ -60,7 +61,7 @@ CONTROL_SHARE = 4
 
 UNREADABLE = "the media cannot be read"
 
-_SEED = 0
+_SEED, _TEMPERATURE = 0, 0.7
 _CHUNK = 1024
 """Media compared with all others at a time."""
 
@@ -80,6 +81,9 @@ class Settings:
         controls: measure the controls too.
         batch_size: answers generated at the same time.
         max_new_tokens: longest answer; None: that of the benchmark.
+        samples: sample so many answers, and keep the first with the most frequent parsed answer; None: greedy.
+        temperature: of sampling; None: 0.7.
+        rationales: file of answers that are rationales, which are added to the questions of the same ids (QCMG-A).
     """
 
     limit: int | None = None
@@ -92,6 +96,14 @@ class Settings:
     controls: bool = True
     batch_size: int = 32
     max_new_tokens: int | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    rationales: str | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The keywords of `read_items`."""
+        return {"prompt": self.prompt or "", "limit": self.limit, "rationales": self.rationales}
 
     def of(self, benchmark: Benchmark) -> Settings:
         """Return the settings with the defaults of a benchmark.
@@ -111,8 +123,18 @@ class Settings:
             if benchmark.format != "caption":
                 raise InputError(f"tokenizer=ptb is for captions, and {benchmark.name} has none")
             check_java()
+        if self.rationales and benchmark.format not in ("choice", "vqa"):
+            raise InputError(f"rationales need questions, and {benchmark.name} has {benchmark.format}s")
+        if self.samples and self.choose == "likelihood":
+            raise InputError("samples are texts: leave samples out, or choose by text")
+        if self.temperature is not None and not self.samples:
+            raise InputError("temperature needs samples: greedy answers have none")
+        for name in ("samples", "temperature"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"{name} is {value}, expected more than 0")
         return replace(
             self,
+            temperature=(self.temperature or _TEMPERATURE) if self.samples else None,
             parser=benchmark.parser(self.parser)[0],
             prompt=benchmark.prompt if self.prompt is None else self.prompt,
             max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
@@ -155,7 +177,7 @@ def evaluate(
     benchmark = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     started, chosen = time.perf_counter(), Settings(**settings).of(benchmark)
     root = Path(root, benchmark.name) if Path(root, benchmark.name).is_dir() else Path(root)
-    found = read_items(benchmark, root, prompt=chosen.prompt or "", limit=chosen.limit)
+    found = read_items(benchmark, root, **chosen.reading)
     for modality in dict.fromkeys(media.modality for item in found.items for media in item.row.media):
         # Before the first item, not in the middle of an evaluation.
         encoder_for(modality, model.encoders)
@@ -168,7 +190,7 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "checkpoint_fingerprint": fingerprint_checkpoint(model.describe(), model.trainable_state()),
         "data": str(root),
-        "settings": {**asdict(chosen), **_choices(model)},
+        "settings": {**asdict(chosen), **_choices(model, chosen)},
     }
     default = Path("runs/eval", facts["checkpoint_fingerprint"][:12], benchmark.name)
     folder = EvaluationFolder(Path(output or default))
@@ -187,9 +209,11 @@ def _start(folder: EvaluationFolder, facts: Mapping[str, Any], stack: ExitStack)
     return folder.resume(facts)
 
 
-def _choices(model: BindLLM) -> dict[str, Any]:
+def _choices(model: BindLLM, settings: Settings) -> dict[str, Any]:
     """Return the choices of a caller that change the answers, and that the fingerprint of the model does not cover."""
     found: dict[str, Any] = {"tokens": model.bind.num_tokens}
+    # Of samples, only the answer that the parser's votes have chosen is kept: another parser cannot read it again.
+    found["voted_by"] = settings.parser if settings.samples else None
     if model.context is not None:
         store = model.datastore
         records = "" if store is None else repr([(record.keys, record.texts) for record in store.records])
@@ -256,7 +280,7 @@ class _Run:
                 task = bar.add_task(f"{self.benchmark.name}: {variant}", total=len(own))
                 made = {n: line for n in positions if (line := self._known(variant, n))}
                 bar.update(task, completed=len(made))
-                for batch, texts in self._answers(own, view, [n in made for n in positions]):
+                for batch, texts in self._answers(own, positions, view, [n in made for n in positions]):
                     fresh = {
                         positions[n]: self._line(variant, positions[n], text)
                         for n, text in zip(batch, texts, strict=True)
@@ -266,6 +290,8 @@ class _Run:
                     bar.advance(task, len(fresh.keys() - made.keys()))
                     made |= fresh
                 lines[variant] = [made[n] for n in positions]
+        if self.settings.controls and self.settings.rationales:
+            self.notes.append("the controls keep the rationales, which may describe the right media")
         if self.settings.controls and (baseline := self._baseline(samples, lookup)):
             name, texts = baseline
             lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
@@ -308,7 +334,7 @@ class _Run:
         return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
 
     def _answers(
-        self, samples: Sequence[Sample], lookup: Lookup, done: Sequence[bool]
+        self, samples: Sequence[Sample], positions: Sequence[int], lookup: Lookup, done: Sequence[bool]
     ) -> Iterator[tuple[list[int], list[Any]]]:
         """Yield positions and answers of the batches that miss one, in all processes those of all processes."""
         numbers = count()
@@ -324,11 +350,29 @@ class _Run:
         if self.settings.choose == "likelihood":
             own = choice_batches(self.model, samples, lookup, **options)
         else:
-            longest = self.settings.max_new_tokens or 1
-            own = answer_batches(self.model, samples, lookup, max_new_tokens=longest, **options)
+            options |= {
+                "max_new_tokens": self.settings.max_new_tokens or 1,
+                "sampling": self._sampling(positions),
+            }
+            own = answer_batches(self.model, samples, lookup, **options)
         # A round: a batch of each process. The first processes have a batch in the last round, the others none.
         while (batches := self.processes.gather(next(own, None)))[0] is not None:
             yield from (batch for batch in batches if batch is not None)
+
+    def _sampling(self, positions: Sequence[int]) -> Sampling | None:
+        """Return how the questions at some positions are sampled; None: answers are greedy."""
+        if not self.settings.samples:
+            return None
+        temperature = self.settings.temperature or _TEMPERATURE
+        return Sampling(
+            self.settings.samples, temperature, self.settings.seed, partial(self._vote, positions)
+        )
+
+    def _vote(self, positions: Sequence[int], n: int, texts: Sequence[str]) -> int:
+        """Return which of several answers to a question is kept."""
+        _, parse = self.benchmark.parser(self.settings.parser)
+        parsed = (parse(text, self.items[positions[n]]) for text in texts)
+        return vote([None if one is None else str(one) for one in parsed])
 
     def _known(self, variant: str, n: int) -> Line | None:
         """Return the line of a question that was answered before, scored by the parser of today.

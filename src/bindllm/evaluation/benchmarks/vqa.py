@@ -285,6 +285,12 @@ BENCHMARKS = (
         _SAME_WORDS,
     ),
     Benchmark(
-        "questions", "a table of questions", read_questions, _WHOLE, ACCURACY, _SAME_WORDS, max_new_tokens=32
+        "questions",
+        "a table of questions",
+        read_questions,
+        {**_WHOLE, "stated": parsers.stated},
+        ACCURACY,
+        _SAME_WORDS,
+        max_new_tokens=32,
     ),
 )

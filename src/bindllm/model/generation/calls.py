@@ -116,7 +116,7 @@ class CallForm:
         layout = {} if most is None else {"space": " ?"}
         for number, function in enumerate(functions):
             schema = _arguments(function.get("parameters") or {"properties": {}})
-            start, end = self._around(function["name"])
+            start, end = self.around(function["name"])
             heads.append(_spaced(start))
             start = f"/{heads[-1]}/" if has_heads else _literal(start)
             rules.append(f"call{number}: {start} {json_rule(schema, **layout)} {_literal(end)}")
@@ -142,9 +142,9 @@ class CallForm:
         """Return whether a text has the beginning of a call, after which the grammar lets only a whole one follow."""
         if mark := self.start.strip():
             return mark in text
-        return any(re.match(_spaced(self._around(name)[0]), text) for name in names)
+        return any(re.match(_spaced(self.around(name)[0]), text) for name in names)
 
-    def _around(self, name: str) -> tuple[str, str]:
+    def around(self, name: str) -> tuple[str, str]:
         """Return the texts before and after the arguments of a call."""
         before, middle, after = self.pieces
         return (before + name + middle, after) if self.has_name_first else (before, middle + name + after)
