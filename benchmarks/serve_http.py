@@ -60,6 +60,8 @@ def http_metrics(
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     server = build_server(build_app(engine, ServeConfig("model")), engine, bound, drain=1, name="model")
+    # As `bindllm.serving.server.run` does: a collection in the event loop would look at the whole model.
+    gc.freeze()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:
@@ -90,6 +92,7 @@ def http_metrics(
     memory = (used_bytes() - memory) / 2**20
     server.should_exit = True
     thread.join()
+    gc.unfreeze()
     share, (half, most, whole) = statistics.median(shares), map(statistics.median, zip(*firsts, strict=True))
     to_half, to_most = (statistics.median(one[n] / one[2] for one in firsts) for n in (0, 1))
     note = f"{whole:.2f} s of one static batch, whose answers come at its end; {count} clients at once"

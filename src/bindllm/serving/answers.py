@@ -38,8 +38,9 @@ class Answers:
         # Choices end at different times; a stream is over with the last of them.
         self._finished: set[int] = set()
         # Without a limit, as the engine must not wait; an answer has at most `max_tokens` pieces.
-        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._started = self._last = time.perf_counter()
+        self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        self._started = self._last = self._reminded = time.perf_counter()
+        self._timer: asyncio.TimerHandle | None = None
         listeners = [partial(self._put, choice) for choice in range(question.choices)]
         self._tickets = engine.submit_choices(question.request, listeners)
 
@@ -62,6 +63,8 @@ class Answers:
 
     def cancel(self) -> None:
         """Free the slots of the choices that are not finished."""
+        if self._timer is not None:
+            self._timer.cancel()
         # A finished ticket has no slot any more, and may not be counted as canceled.
         for choice, ticket in enumerate(self._tickets):
             if choice not in self._finished:
@@ -81,10 +84,14 @@ class Answers:
         """
         try:
             async with asyncio.timeout(seconds):
-                choice, piece = await self._pieces.get()
+                found = await self._pieces.get()
         # Not a fault: the caller sends a comment to keep the connection open, and asks again.
         except TimeoutError:
             return None
+        return self._checked(*found)
+
+    def _checked(self, choice: int, piece: Piece) -> tuple[int, Piece]:
+        """Return a piece; errors as for `next`."""
         # Before anything is raised: a choice that failed needs no canceling.
         if piece.is_last:
             self._finished.add(choice)
@@ -115,8 +122,21 @@ class Answers:
         """
         if first is not None:
             yield first
+        if seconds is not None and not self.is_finished:
+            self._remind(seconds)
         while not self.is_finished:
-            yield await self.next(seconds)
+            found = await self._pieces.get()
+            yield None if found is None else self._checked(*found)
+
+    def _remind(self, seconds: float) -> None:
+        """Put None among the pieces after each time of some seconds without one, until `cancel`."""
+        # One timer that looks back: one for each piece would cost more than the piece itself.
+        now = time.perf_counter()
+        if now >= max(self._last, self._reminded) + seconds:
+            self._pieces.put_nowait(None)
+            self._reminded = now
+        left = max(self._last, self._reminded) + seconds - now
+        self._timer = self._loop.call_later(left, self._remind, seconds)
 
     def _put(self, choice: int, piece: Piece) -> None:
         """Take a piece in the engine's thread."""
@@ -133,5 +153,5 @@ class Answers:
         elif piece.tokens:
             self._metrics.token_interval.observe((now - self._last) / piece.tokens)
         self.completion_tokens += piece.tokens
-        self._metrics.tokens.labels("completion").inc(piece.tokens)
+        self._metrics.answer_tokens.inc(piece.tokens)
         self._last = now

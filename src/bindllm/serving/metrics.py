@@ -26,6 +26,7 @@ class Metrics:
         first_token: time from submission to the first token.
         token_interval: time between the tokens of an answer.
         tokens: tokens of prompts and of answers.
+        answer_tokens: those of answers.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,6 +54,8 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter("bindllm_tokens", "Tokens of prompts and answers", ["kind"], registry=registry)
+        # Looked up once: it counts with every piece.
+        self.answer_tokens = self.tokens.labels("completion")
         registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:

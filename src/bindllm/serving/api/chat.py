@@ -107,10 +107,14 @@ async def stream_chat(
         return sse({**head, "choices": [choice], **rest, **warned(warnings)})
 
     readers = [question.reader() for _ in range(question.choices)]
+    # Clients take the role from the first chunk of each choice. Chunks that come at the same time are sent together.
+    held = [
+        event(number, {"role": "assistant", "content": "", "refusal": None})
+        for number in range(question.choices)
+    ]
     try:
-        # Clients take the role from the first chunk of each choice.
-        for number in range(question.choices):
-            yield event(number, {"role": "assistant", "content": "", "refusal": None})
+        if first is None:
+            yield _joined(held)
         async for found in answers.pieces(first, seconds=KEEP_ALIVE):
             if found is None:
                 yield COMMENT
@@ -119,23 +123,34 @@ async def stream_chat(
             text, calls = split(piece, readers[number])
             # The last piece may have neither, and an empty delta would look like a token.
             if text or piece.logprobs:
-                yield event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs))
+                held.append(event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs)))
             if calls:
                 deltas = [for_client(call, index) for index, call in enumerate(calls)]
-                yield event(number, {"tool_calls": deltas})
+                held.append(event(number, {"tool_calls": deltas}))
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
                 finish = _finish(piece.finish, calls)
-                yield event(number, {}, finish_reason=finish, warnings=answers.warnings)
+                held.append(event(number, {}, finish_reason=finish, warnings=answers.warnings))
+            # The end of the answer is sent with what follows, unless neighbors have to be looked for.
+            if held and (question.wants_neighbors or not answers.is_finished):
+                yield _joined(held)
         extras = await _extras(neighbors)
         if usage or extras:
             numbers = {"usage": chat_usage(answers)} if usage else {}
-            yield sse({**head, "choices": [], **numbers, **extras})
+            held.append(sse({**head, "choices": [], **numbers, **extras}))
     except Exception as error:
         # The status has been sent. openai-python raises for a chunk with this key.
-        yield sse(as_api_error(error).body)
+        held.append(sse(as_api_error(error).body))
     # Also after an error: clients read until this line.
-    yield b"data: [DONE]\n\n"
+    held.append(b"data: [DONE]\n\n")
+    yield _joined(held)
+
+
+def _joined(held: list[bytes]) -> bytes:
+    """Take all chunks out of a list, and return them as one."""
+    chunks = b"".join(held)
+    held.clear()
+    return chunks
 
 
 def sse(value: Any, *, event: str | None = None) -> bytes:

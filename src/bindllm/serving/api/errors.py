@@ -33,6 +33,8 @@ _MOST_SHOWN = 80
 # The beginning of a message about media, whose name is that of their part; see `located`.
 _PART = re.compile(r"((?:messages|input|shots)\[\S*\])(?: \([a-z_]+\))?: ")
 _FIELD = re.compile("[a-z_]{1,32}")
+# Made once, as every token of a stream is written with it.
+_WRITER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # FastAPI has no words for a body that Python's parser gives up on.
 _MESSAGES = {
@@ -151,7 +153,7 @@ def draining_error() -> ApiError:
 
 def dump(value: Any) -> bytes:
     """Return a value as JSON; half of a surrogate pair, which UTF-8 cannot carry, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _WRITER.encode(value).encode("utf-8", "replace")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
