@@ -9,9 +9,10 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
+from bindllm.evaluation.answering import plan_batches
 from bindllm.evaluation.answers import answers_task, longest_answer, majority_answers
 from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, held_out_rows
-from bindllm.evaluation.task import Task
+from bindllm.evaluation.task import Task, without_media
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from tiny import ColorEncoder, tiny_model, tiny_tokenizer
@@ -80,6 +81,28 @@ def scripted(model, monkeypatch):
 def evaluate(model, samples, *, train_samples=TRAINING, batch_size=128, **options):
     answers = answers_task(samples, train_samples=train_samples, tokenizer=model.tokenizer, **options)
     return task.evaluate(model, [answers], lookup=lookup, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "plan"),
+    [
+        # Two images, a short and a long question about each: the start is read once for each image ...
+        ("is it red or blue or green, or is it another color, such as grey? ", "red?", [[0, 1], [2, 3]]),
+        # ... or lengths differ by more than that saves.
+        (
+            "is ",
+            "it red or blue or green, or is it another color, such as grey, do you think?",
+            [[0, 2], [1, 3]],
+        ),
+    ],
+)
+def test_a_batch_has_equal_lengths_or_equal_media(start, end, plan):
+    samples = [asked(start + last, "no", image) for image in (1, 2) for last in ("this?", f"{end} {end}")]
+    assert plan_batches(samples, 2) == plan
+    # Without media all rows share their start, so only lengths count.
+    assert plan_batches(without_media(samples), 2) == [[0, 2], [1, 3]]
+    assert plan_batches(samples[:1], 2) == [[0]]
+    assert plan_batches([], 2) == []
 
 
 def test_accuracy_by_type_and_of_the_baselines(model, scripted):

@@ -52,7 +52,7 @@ def forwards(model):
     hook.remove()
 
 
-def both_ways(model, monkeypatch, *arguments, seed=None, **options):
+def both_ways(model, monkeypatch, *arguments, seed=None, num_read=1, **options):
     """Answers and logits with and without reuse, and the calls of the decoder with it."""
     found = []
     for least in (1, 10**9):
@@ -63,8 +63,8 @@ def both_ways(model, monkeypatch, *arguments, seed=None, **options):
             found.append((model.generate(*arguments, **options), calls, logits))
     (answers, calls, logits), (plain, plain_calls, plain_logits) = found
     assert answers == plain
-    # The first call only reads the beginning.
-    assert calls[0][0] == 1
+    # The first call only reads the beginning, once for each media.
+    assert calls[0][0] == num_read
     assert calls[1][1] < plain_calls[0][1]
     for own, other in zip(logits[1:], plain_logits, strict=True):
         torch.testing.assert_close(own, other, atol=1e-3, rtol=1e-3)
@@ -151,6 +151,23 @@ def test_shots_without_media_and_a_system_message(decoder, monkeypatch):
     assert calls[1] == (3, 1)
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("value", 1), ("cross", "all")])
+@pytest.mark.parametrize(("shots", "repeats"), [([], 1), ([RED], 3)])
+def test_questions_about_one_image_read_their_beginning_once(
+    decoder, monkeypatch, kind, tokens, shots, repeats
+):
+    model = model_of(decoder, kind, tokens)
+    system = Message("system", "Answer in one word, and do not say which one it is.")
+    asked = [
+        Conversation((system, Message("user", [image(color), text])))
+        for text in ("What?", "And this one, please?", "Is it of another color?")
+        for color in ("blue", "green")
+    ]
+    options = {"num_return_sequences": repeats, "num_beams": repeats, "shots": shots, "max_new_tokens": 4}
+    calls = both_ways(model, monkeypatch, asked, num_read=2, **options)
+    assert calls[1][0] == 6 * repeats
+
+
 def test_retrieved_records_of_the_shots_are_read_with_them(decoder, monkeypatch):
     context = ContextConfig(records=2, latents=2, width=16, depth=1)
     model = tiny_model(decoder, inject=InjectConfig(kind="attend"), context=context)
@@ -186,7 +203,7 @@ def test_retrieved_records_of_the_shots_are_read_with_them(decoder, monkeypatch)
     monkeypatch.setattr(shared, "MIN_SAVED", 1)
     with forwards(model) as (calls, _):
         model.generate_from(**batch, max_new_tokens=1)
-    assert calls[0][0] == len(PROMPTS)
+    assert calls[0][0] == 2
 
 
 def plain(model, *arguments, **options) -> bool:

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from bindllm.conversation import Message
-from bindllm.data.batches import sorted_batches
 from bindllm.data.collate import Lookup, answer_batch, prompt_batch, records_of, tokens_of
 from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, with_conversation
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation.scores import log_likelihoods
+from bindllm.parallel import chunks
 
 
 class Choice(NamedTuple):
@@ -162,10 +163,48 @@ def _distinct_batches(
     for n, digest in enumerate(input_digests(items, lookup)):
         same.setdefault(digest, []).append(n)
     distinct = list(same.values())
-    for rows in sorted_batches([items[every[0]].prompt_length for every in distinct], batch_size=batch_size):
+    for rows in plan_batches([items[every[0]] for every in distinct], batch_size):
         positions = [distinct[n] for n in rows]
         if not is_done([n for every in positions for n in every]):
             yield [every[0] for every in positions], positions
+
+
+def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Return all rows in batches of similar length, or of questions about the same media, whichever reads fewer tokens.
+
+    Tokens that all prompts start with, such as a system text, are computed once for all rows of a batch with equal
+    media (`bindllm.model.generation.shared`).
+    """
+    prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
+    shared = count_shared(prompts)
+    numbers: dict[object, int] = {}
+    media = [
+        numbers.setdefault(sample.media if (sample.media_index >= 0).any() else (), len(numbers))
+        for sample in samples
+    ]
+    by_media = sorted(range(len(samples)), key=lambda n: media[n])
+    plans, window = [], batch_size
+    # In a window of one batch the same media are together, in one of all rows equal lengths are.
+    while not plans or window < 2 * len(samples):
+        rows = [n for part in chunks(by_media, window) for n in sorted(part, key=lambda n: len(prompts[n]))]
+        batches = list(chunks(rows, batch_size))
+        cost = sum(
+            len(batch) * max(len(prompts[n]) for n in batch)
+            - shared * (len(batch) - len({media[n] for n in batch}))
+            for batch in batches
+        )
+        plans.append((cost, -window, batches))
+        window *= 2
+    return min(plans)[2]
+
+
+def count_shared(prompts: Sequence[np.ndarray]) -> int:
+    """Return how many tokens all prompts start with."""
+    shortest = min(map(len, prompts), default=0)
+    same = np.ones(shortest, dtype=bool)
+    for prompt in prompts:
+        same &= prompt[:shortest] == prompts[0][:shortest]
+    return int(same.cumprod().sum())
 
 
 def _to_all(positions: Sequence[list[int]], answers: Sequence[Answer]) -> tuple[list[int], list[Answer]]:

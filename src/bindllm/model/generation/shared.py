@@ -1,4 +1,4 @@
-"""Tokens that all prompts of a batch start with, such as the same shots: computed once.
+"""Tokens that all prompts of a batch start with, such as the same shots: computed once for all rows with equal media.
 
 Their keys and values are placed in the columns that they have in the left-padded batch, so positions, masks and media
 index are those of a batch in which every row is computed. Nothing is kept after the call.
@@ -53,7 +53,7 @@ def generate_ids(
     bind: Callable[..., dict[str, Any]],
     hold: Callable[..., AbstractContextManager],
 ) -> Tensor:
-    """Generate the ids of answers, [N, A]; tokens that all rows start with, such as the same shots, are computed once.
+    """Generate the ids of answers, [N, A]; equal beginnings of all rows, such as the same shots, are computed once.
 
     Args:
         decoder: with its injection.
@@ -83,23 +83,24 @@ def _read_beginning(
         the other columns. None if this saves too little, or does not work with the decoder or the options.
     """
     repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-    copies = len(prompts.ids) * repeats - 1
-    length = _count_shared(prompts) if copies else 0
+    length, owners = _find_shared(prompts, repeats)
+    copies = len(owners) * repeats - len(set(owners))
     if copies * length < MIN_SAVED or not _can_reuse(decoder, options):
         return None
-    # How to read this: the longest row is read as far as all rows agree, its keys and values are placed in the columns
-    # of these tokens in each row, and the groups that no later token listens to are dropped.
-    padding = prompts.padding
-    row = int(padding.argmin())
+    # How to read this: the first row with each media is read as far as all rows agree, its keys and values are placed
+    # in the columns of these tokens in each row with its media, and groups that no later token listens to are dropped.
+    padding, firsts = prompts.padding, sorted(set(owners))
     # Shorter rows have more padding: they compute the end of the common tokens again.
     width = int(padding.min()) + length
-    read = _read(decoder, prompts, row, slice(width - length, width), bind)
-    # [B, W]: the token of each column; any for padding, which is masked.
+    read = _read(decoder, prompts, firsts, length, bind)
+    # [B, W]: the token of each column; any for padding, which is masked. [B, 1]: the row that was read.
     tokens = (torch.arange(width, device=padding.device) - padding).clamp(min=0).repeat_interleave(repeats, 0)
+    rows = torch.tensor([firsts.index(n) for n in owners], device=padding.device)
+    rows = rows.repeat_interleave(repeats)[:, None]
     placed = DynamicCache(config=decoder.config)
     for number, layer in enumerate(read.layers):
-        # [1, Hkv, P, d] -> [B, Hkv, W, d].
-        placed.update(*(x[0][:, tokens].transpose(0, 1) for x in (layer.keys, layer.values)), number)
+        # [U, Hkv, P, d] -> [B, W, Hkv, d] -> [B, Hkv, W, d].
+        placed.update(*(x[rows, :, tokens].transpose(1, 2) for x in (layer.keys, layer.values)), number)
     dropped = 0
     for values in prompts.media.values():
         later = prompts.index[:, width:]
@@ -109,34 +110,51 @@ def _read_beginning(
     return placed, prompts._replace(index=index, media=media)
 
 
-def _count_shared(prompts: Prompts) -> int:
-    """Return how many tokens with equal media all rows start with; each row keeps at least one token after them."""
+def _find_shared(prompts: Prompts, repeats: int) -> tuple[int, list[int]]:
+    """Find the beginning that saves the most tokens if it is computed once for all rows with equal media.
+
+    Returns:
+        its number of tokens, and for each row the first one with the same media. Each row keeps a token after it.
+    """
     shortest = int(prompts.mask.sum(1).min())
     columns = prompts.padding + torch.arange(shortest - 1, device=prompts.ids.device)
     ids, index = prompts.ids.gather(1, columns), prompts.index.gather(1, columns)
-    same = ((ids == ids[:1]) & (index == index[:1])).all(0)
-    for values in prompts.media.values():
-        equal = (values == values[:1]).flatten(2).all(2).all(0)  # [M]
-        same &= equal[index[0].clamp(min=0)] | (index[0] == NO_MEDIA)
-    return int(same.cumprod(0).sum())
+    longest = int(((ids == ids[:1]) & (index == index[:1])).all(0).cumprod(0).sum())
+    # Before each token that is the first to listen to further media: such as those of the question, after the shots.
+    heard = index[0, :longest].cummax(0).values.tolist()
+    ends = [n for n in range(1, longest) if heard[n] > heard[n - 1]] + [longest] * bool(longest)
+    found = [(end, _first_rows(prompts, heard[end - 1] + 1)) for end in ends]
+    return max(found, key=lambda one: one[0] * (len(one[1]) * repeats - len(set(one[1]))), default=(0, [0]))
+
+
+def _first_rows(prompts: Prompts, groups: int) -> list[int]:
+    """Return for each row the first one whose first media groups are equal."""
+    parts = [values[:, :groups].flatten(1).cpu().contiguous() for values in prompts.media.values()]
+    # By their bytes, as NumPy lacks bfloat16.
+    keys = [
+        b"".join(x[n].view(torch.uint8).numpy().tobytes() for x in parts) for n in range(len(prompts.ids))
+    ]
+    first: dict[bytes, int] = {}
+    return [first.setdefault(key, n) for n, key in enumerate(keys)]
 
 
 def _read(
     decoder: PreTrainedModel,
     prompts: Prompts,
-    row: int,
-    columns: slice,
+    rows: list[int],
+    length: int,
     bind: Callable[..., dict[str, Any]],
 ) -> DynamicCache:
-    """Return the keys and values of some columns of a row, with the media that these listen to."""
-    ids, index = prompts.ids[row : row + 1, columns], prompts.index[row : row + 1, columns]
+    """Return the keys and values of the first tokens of some rows, with the media that these listen to."""
+    columns = prompts.padding[rows] + torch.arange(length, device=prompts.ids.device)
+    ids, index = (x[rows].gather(1, columns) for x in (prompts.ids, prompts.index))
     groups = max(1, int(index.max()) + 1)
-    media = {name: values[row : row + 1, :groups] for name, values in prompts.media.items()}
+    media = {name: values[rows, :groups] for name, values in prompts.media.items()}
     read = DynamicCache(config=decoder.config)
     # Else a window would drop keys that rows with more padding still need.
     read.activate_past_recording()
-    first = ids.new_zeros(1)
     # Only keys and values are read, so the vocabulary projection runs at one position.
+    first = ids.new_zeros(1)
     with projecting(first, first):
         decoder(input_ids=ids, past_key_values=read, use_cache=True, **bind(index, **media))
     return read
