@@ -213,9 +213,9 @@ def main() -> None:
     planner = LocalBrain(eyes if given.planner is None else BindLLM.from_pretrained(given.planner))
     brains = {
         "direct": None,
-        "random": lambda question: Program(at_random(question)),
         "oracle": lambda question: Program(oracle(question)),
         "model": lambda _: planner,
+        "random": lambda question: Program(at_random(question)),
     }
     found: dict[str, Any] = {}
     for name, brain in brains.items():
