@@ -142,9 +142,9 @@ def test_placeholders_of_other_formats_without_media_are_counted(spelled):
     assert row.remarks == (SPELLED,)
 
 
-@pytest.mark.parametrize("column", [{"history": [["a", "b"]]}, {"tools": "[{}]"}])
+@pytest.mark.parametrize("column", [{"history": [["a", "b"]]}, {"rejected_response": "blue"}])
 def test_parts_of_a_conversation_in_unknown_columns_are_counted(column):
-    record = {"instruction": "Which?", "output": "red", "history": [], "tools": None}
+    record = {"instruction": "Which?", "output": "red", "history": [], "tools": None, "rejected_response": ""}
     assert read("alpaca", record).remarks == ()
     assert read("alpaca", record | column).remarks == (
         f"a part of the conversation in a column that is not used ({next(iter(column))})",

@@ -181,20 +181,6 @@ def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
         ([{"role": "user"}, ANSWER], "neither a text nor a list of parts"),
         ([{"role": "usr", "content": "Which?"}, ANSWER], r"unknown role 'usr'\. Did you mean 'user'\?"),
         ([{"content": "Which?"}, ANSWER], r"unknown role None\."),
-        (
-            [user(text("?")), ANSWER, {"role": "tool", "content": "5"}, ANSWER],
-            "role 'tool': tool calls are not",
-        ),
-        (
-            [user(text("?")), {"role": "assistant", "content": None, "tool_calls": [{}]}, ANSWER],
-            "calls a tool",
-        ),
-        (
-            [user(text("?")), {**ANSWER, "weight": 0}, user(text("?")), ANSWER],
-            "of weight 0; every answer is learned",
-        ),
-        ([user(text("?")), {**ANSWER, "loss": False}, user(text("?")), ANSWER], "an answer of weight 0"),
-        ([user(text("?")), {**ANSWER, "train": False}, user(text("?")), ANSWER], "an answer of weight 0"),
         ([user(text("?")), {"role": "assistant", "content": [image("a.png")]}], "media in an answer"),
         ([user("?", 7), ANSWER], "a content part that is not an object"),
         ([user({"type": "text"}), ANSWER], "a text part without a text"),

@@ -144,12 +144,12 @@ def test_sharegpt_takes_a_placeholder_for_a_word(read):
     ("turns", "reason"),
     [
         ([{"from": "narrator", "value": "?"}], "unknown role 'narrator'"),
-        ([{"from": "function_call", "value": "?"}], "role 'function_call': tool calls are not supported"),
+        ([{"from": "function_call", "value": "?"}], "a tool call without the name of a function"),
         ([{"from": "gpt", "value": "red"}, {"from": "human", "value": "?"}], "it starts with an answer"),
         (["red"], "a turn that is not an object with 'from' and 'value'"),
         (
             [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red", "weight": 0}],
-            "answer of weight 0",
+            "no answer to learn",
         ),
         ({"human": "?"}, "column 'conversations' does not hold a list"),
     ],

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from bindllm.conversation.guard import check_texts, check_unicode, guard, strings
 from bindllm.conversation.tokens import tokenize
 from bindllm.errors import DecoderError, InputError, check_choice, listed
 from bindllm.media import Media
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["system", "user", "assistant", "tool"]
+Learned = Literal["all", "answer", "none"]
+REASONING = "reasoning_content"
+"""Field of a message with the thoughts before an answer, as chat templates call it."""
 
-# Invisible and without width: a text with it looks unchanged but spells no control token.
-WORD_JOINER = "\u2060"
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
 """Separates instruction and input in one user message, in the public Alpaca texts."""
@@ -41,8 +43,9 @@ class Message:
         role: the speaker.
         content: a text, or a sequence of parts, each a text or a `Media`; kept as a tuple of parts. The texts
             are joined unchanged; media add no text.
-        fields: further fields for the chat template: ``tool_calls`` of an answer, ``name`` and ``tool_call_id`` of a
-            tool's result.
+        fields: further fields for the chat template: ``tool_calls`` and ``reasoning_content`` of an answer, ``name``
+            and ``tool_call_id`` of a tool's result.
+        learned: the part of an answer that training learns: all of it, all but its reasoning, or none.
 
     Raises:
         InputError: an unknown role, a part of another type, or a text that is not valid Unicode.
@@ -55,6 +58,7 @@ class Message:
     role: Role
     content: str | Media | Sequence[str | Media]
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learned: Learned = "all"
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, get_args(Role))
@@ -65,7 +69,7 @@ class Message:
             if not isinstance(part, (str, Media)):
                 raise InputError(f"a part of a message is a text or a Media, not {part!r}")
             if isinstance(part, str):
-                _check_unicode(part)
+                check_unicode(part)
         # The way to set a field of a frozen dataclass.
         object.__setattr__(self, "content", tuple(parts))
 
@@ -181,19 +185,19 @@ def render(
     # How to read this: messages -> text -> starts of answers in it -> tokens -> media index and answers as tokens.
     control, escape = control_tokens(tokenizer), control_text == "escape"
     given = [{**m.fields, "role": m.role, "content": m.text} for m in messages]
-    turns, tools = (_guard(value, control, escape=escape) for value in (given, list(conversation.tools)))
-    _check_texts(_strings([turns, tools]), tokenizer)
+    turns, tools = (guard(value, control, escape=escape) for value in (given, list(conversation.tools)))
+    check_texts(strings([turns, tools]), tokenizer)
     template = _Template(tokenizer, tools)
     text = template.apply(turns, header=add_generation_prompt)
     template.check_written(turns, text, header=add_generation_prompt)
     answer_starts = _answer_starts(template, turns, text, control)
     ids, starts = tokenize(tokenizer, text, answer_starts.values())
-    answers, whole, control_ids = {}, [], set(control.values())
+    answers, learned, control_ids = {}, [], set(control.values())
     for turn, start in answer_starts.items():
         first = bisect_left(starts, _found(start, turn, tokenizer))
         answers[turn] = first, _answer_end(ids, first, control_ids)
-        learned = text[start : starts[answers[turn][1] - 1]]
-        whole.append(_squeeze(learned).endswith(_squeeze(turns[turn]["content"])))
+        if messages[turn].learned != "none":
+            learned.append((turn, start, text[start : starts[answers[turn][1] - 1]]))
     (_, first_group), *changes = _group_changes(conversation)
     media_index = [first_group] * len(ids)
     for turn, group in changes:
@@ -203,7 +207,25 @@ def render(
         after = answers.get(turn - 1, (0, None))[1]
         first = _found(after, turn, tokenizer) if start is None else bisect_left(starts, start)
         media_index[first:] = [group] * (len(ids) - first)
-    return Rendered(ids, media_index, [*answers.values()], whole, starts)
+    # An answer that is not learned is a part of the prompt.
+    spans, whole = [], []
+    for turn, start, written in learned:
+        first, stop = answers[turn]
+        if messages[turn].learned == "answer":
+            first = max(first, bisect_left(starts, start + _reasoning_end(written, turns[turn])))
+        spans.append((first, stop))
+        # A template writes calls after the text.
+        content, rest = _squeeze(turns[turn]["content"]), _squeeze(written)
+        whole.append(content in rest if "tool_calls" in turns[turn] else rest.endswith(content))
+    return Rendered(ids, media_index, spans, whole, starts)
+
+
+def _reasoning_end(written: str, turn: Mapping[str, Any]) -> int:
+    """Return the number of characters of an answer up to the end of its reasoning; 0 without any."""
+    reasoning = turn.get(REASONING, "").strip()
+    # The template may drop the thoughts of earlier answers.
+    found = written.find(reasoning) if reasoning else -1
+    return 0 if found < 0 else found + len(reasoning)
 
 
 def _group_changes(conversation: Conversation) -> list[tuple[int, int]]:
@@ -257,14 +279,6 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
             )
         ends += [rendered.input_ids[stop - 1] for _, stop in rendered.answers]
     return list(dict.fromkeys(ends))
-
-
-def _check_unicode(text: str) -> None:
-    # Python's texts may hold half of a surrogate pair, UTF-8 cannot.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the text {text!r} is not valid Unicode (half of a surrogate pair)") from error
 
 
 # The shortest conversation that shows how a template writes an answer.
@@ -329,53 +343,6 @@ def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) ->
         )
 
 
-def _guard(value: Any, control: dict[str, int], *, escape: bool) -> Any:
-    """Keep the texts in a value of JSON from opening or closing messages."""
-    if isinstance(value, Mapping):
-        pairs = (_guard(pair, control, escape=escape) for pair in value.items())
-        return dict(pairs)
-    if isinstance(value, list | tuple):
-        return [_guard(one, control, escape=escape) for one in value]
-    if not isinstance(value, str):
-        return value
-    for token in control:
-        while token in value:
-            # A token of one character cannot be taken apart.
-            if not escape or len(token) == 1:
-                raise InputError(
-                    f"a message spells the control token {token!r} of the decoder; remove it"
-                    + (", or render it with control_text='escape'" if len(token) > 1 else "")
-                )
-            # Inside the token, so that the tokenizer does not recognize it.
-            value = value.replace(token, token[0] + WORD_JOINER + token[1:])
-    return value
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all texts in a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
-            yield from _strings(one)
-
-
-def _check_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse texts that are no Unicode, or spell a control token in other characters, such as full-width ones."""
-    # Only some tokenizers look control tokens up in the normalized text.
-    tokens = tokenizer.added_tokens_decoder
-    normalized = {i for i, token in tokens.items() if token.special and token.normalized}
-    for text in texts:
-        _check_unicode(text)
-        if not normalized:
-            continue
-        if spelled := normalized.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]):
-            raise InputError(
-                f"a message spells the control token {tokens[min(spelled)].content!r} of the decoder in other "
-                "characters; remove it"
-            )
-
-
 class _Template:
     """The chat template of a tokenizer, for conversations with these tools."""
 
@@ -421,6 +388,9 @@ class _Template:
             forms = turn["content"], json.dumps(turn["content"], ensure_ascii=False)[1:-1]
             if turn["role"] != "assistant" and not any(_squeeze(form) in written for form in forms):
                 missing = f"the text of a {turn['role']} message"
+        # Templates drop the thoughts of earlier answers, as in generation.
+        if _squeeze(turns[-1].get(REASONING, "")) not in written:
+            missing = "the reasoning of an answer"
         for tool in self._tools:
             if (name := tool.get("function", tool)["name"]) not in text:
                 missing = f"the tool {name!r}"

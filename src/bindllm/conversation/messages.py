@@ -11,22 +11,23 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bindllm.conversation import Conversation, Message, Role
-from bindllm.errors import InputError, MediaError, did_you_mean
+from bindllm.conversation import REASONING, Conversation, Learned, Message, Role
+from bindllm.conversation.tools import read_calls, read_reasoning
+from bindllm.errors import InputError, did_you_mean
 from bindllm.media import MODALITIES, Media
-from bindllm.media.source import from_base64, local_path, read_data_uri
+from bindllm.media.source import from_base64
 
 BETWEEN = "\n\n"
 """Joins two successive messages of the same role."""
 MAX_DETAIL = 80
 """Characters of a path or a text that error messages show."""
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Role] = {name: name for name in ("system", "user", "assistant", "tool")} | {
+    "developer": "system"
+}
 FILE_MODALITIES = tuple(modality for modality in MODALITIES if modality != "text")
 
-# Roles of tool calls in the common formats, known so that the error can name the reason.
-_TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _TEXTS = ("text", "input_text", "output_text")
 # White space belongs to the match, because it goes away with the placeholder. A match begins only at the first space of
 # several: from each of them, a long row of spaces would be searched again.
@@ -55,6 +56,15 @@ class RowError(InputError):
 
 class Verbatim(str):
     """A text in which a placeholder is a word like any other."""
+
+
+class _Turn(NamedTuple):
+    """A message on its way: its role, its parts, further fields for the template, and what of it is learned."""
+
+    role: Role
+    parts: list[_Part]
+    fields: dict[str, Any]
+    learned: Learned
 
 
 class _Slot(NamedTuple):
@@ -168,6 +178,8 @@ def parse_messages(
             ``{"type": "input_audio", "input_audio": {"data": ...}}``, or for any modality
             ``{"type": "point", "point": ...}``; without its media, ``{"type": "image"}``, it stands for the next of
             ``media``.
+            An answer may have ``tool_calls`` and ``reasoning_content``, and a weight of 0 if it is not learned. The
+            result of a call has the role ``tool``.
         media: media outside the messages; resolves those inside, too.
         allow_empty_answers: take an empty answer, which a model may have given; no one can learn from it.
 
@@ -184,116 +196,46 @@ def parse_messages(
     # Only after all messages is it known whether any of them names media.
     media.settle()
     # Content parts come first in the count: a placeholder is only a word once they have taken all media.
-    for _, parts in turns:
-        for part in parts:
+    for turn in turns:
+        for part in turn.parts:
             if isinstance(part, _Slot):
                 media.reserve(part.modality)
-    placed = [(role, _place_media(role, parts, media)) for role, parts in turns]
-    users = [number for number, (role, _) in enumerate(placed) if role == "user"]
+    placed = [turn._replace(parts=_place_media(turn.role, turn.parts, media)) for turn in turns]
+    users = [number for number, turn in enumerate(placed) if turn.role == "user"]
     rest = media.rest() if users else []
     if rest:
-        placed[users[0]] = ("user", [*rest, *placed[users[0]][1]])
-    return _join([(role, _strip(parts)) for role, parts in placed], allow_empty_answers)
+        first = placed[users[0]]
+        placed[users[0]] = first._replace(parts=[*rest, *first.parts])
+    placed = [turn._replace(parts=_strip(turn.parts)) for turn in placed]
+    return _join(_name_results(placed), allow_empty_answers)
 
 
-def answered(messages: Sequence[Message]) -> Conversation:
+def answered(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
     """Return a conversation that ends with its last answer; messages after it teach nothing and are dropped.
 
+    Args:
+        messages: the messages.
+        tools: that the model may call.
+
     Raises:
-        RowError: no answer, or an answer before the first question.
+        RowError: no answer that is learned, or an answer before the first question.
     """
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    answers = [
+        n for n, message in enumerate(messages) if message.role == "assistant" and message.learned != "none"
+    ]
     if not answers:
-        raise RowError("no answer: no turn of the assistant")
+        raise RowError("no answer to learn: no turn of the assistant, or all have the weight 0")
     if "user" not in [message.role for message in messages[: answers[0]]]:
         raise RowError("it starts with an answer; a question must come first")
-    return Conversation(tuple(messages[: answers[-1] + 1]))
-
-
-def read_conversation(
-    messages: Sequence[object],
-    media: Sequence[Media] = (),
-    *,
-    modalities: Collection[str] = FILE_MODALITIES,
-) -> Conversation:
-    """Return the conversation of messages that a program gives, ready for an answer.
-
-    Unlike in `bindllm serve`, a path is opened: do not pass untrusted messages.
-
-    Args:
-        messages: as for `parse_messages`. The media of a part are a path, a ``file:`` URL, a ``data:`` URI, or any
-            other source of `Media`, such as a Pillow image.
-        media: media for placeholders such as ``<image>``, and for parts without media, in their order; without both,
-            they belong to the first question.
-        modalities: modalities that parts may name.
-
-    Raises:
-        InputError: a message that cannot be used.
-
-    Examples:
-        >>> part = {"type": "image", "image": "cat.png"}
-        >>> read_conversation([{"role": "user", "content": [part, "What is this?"]}]).media_groups
-        ((Media.image('cat.png'),),)
-    """
-    values: dict[str, list[Media]] = {}
-    for item in media:
-        values.setdefault(item.modality, []).append(item)
-
-    def resolve(modality: str, value: object) -> Media:
-        return value if isinstance(value, Media) else read_media(modality, value, lambda path: path)
-
-    given = RecordMedia(resolve, values, modalities=modalities)
-    return Conversation(tuple(parse_messages(messages, given, allow_empty_answers=True)))
-
-
-def read_media(modality: str, value: object, find: Callable[[str], str | bytes]) -> Media:
-    """Return the media that a value of a row or a message refers to.
-
-    Args:
-        modality: of the media.
-        value: a path, a ``file:`` URL, ``{"bytes": ..., "path": ...}``, or any other source of `Media`; for the
-            modality ``text`` the text itself.
-        find: returns the full path or the bytes of a named file, or raises `RowError`.
-
-    Raises:
-        RowError: the value does not refer to media, or refers to a web address.
-    """
-    # The forms of Hugging Face datasets. The path may be of another machine, so samples and bytes come first.
-    if isinstance(value, Mapping) and modality == "audio" and value.get("array") is not None:
-        return Media(modality, value)
-    if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if modality == "text":
-        if not isinstance(value, str) or not value.strip():
-            raise RowError("no text")
-        return Media.text(value)
-    value = bytes(value) if isinstance(value, bytearray | memoryview) else value
-    is_empty = isinstance(value, str | bytes) and not value.strip()
-    if is_empty or isinstance(value, bool | int | float | list | Mapping | None):
-        raise RowError(f"no path to the {modality} file")
-    if not isinstance(value, str):
-        return Media(modality, value)
-    if value[:5].lower() == "data:":
-        try:
-            return Media(modality, read_data_uri(value))
-        except MediaError as error:
-            reason = f"a data: URI without {modality} content; expected data:TYPE;base64,CONTENT"
-            raise RowError(reason, value.partition(",")[0]) from error
-    try:
-        path = local_path(value)
-    except MediaError as error:
-        raise RowError(f"no path to the {modality} file, but {error}", value) from error
-    return Media(modality, find(path))
+    return Conversation(tuple(messages[: answers[-1] + 1]), tools=tuple(tools))
 
 
 def role_of(name: object, roles: Mapping[str, Role]) -> Role:
     """Return our role for the name that a format uses.
 
     Raises:
-        RowError: an unknown role, or one of tool calls.
+        RowError: an unknown role.
     """
-    if name in _TOOLS:
-        raise RowError(f"a turn of the role {name!r}: tool calls are not supported")
     if not isinstance(name, str) or name not in roles:
         raise RowError(f"unknown role {reprlib.repr(name)}. {did_you_mean(str(name), roles)}")
     return roles[name]
@@ -323,21 +265,55 @@ def is_visible(text: str) -> bool:
 _Part = str | Media | _Slot
 
 
-def _read_message(message: object, media: RecordMedia) -> tuple[Role, list[_Part]]:
+def _read_message(message: object, media: RecordMedia) -> _Turn:
     if not isinstance(message, Mapping):
         raise RowError("a message that is not an object with 'role' and 'content'")
     role, content = role_of(message.get("role"), ROLES), message.get("content")
-    # Before the content, which a message that calls a tool often lacks.
-    if message.get("tool_calls") or message.get("function_call"):
-        raise RowError("a message that calls a tool: tool calls are not supported")
-    # OpenAI's key, and those of ms-swift and axolotl, which may be false.
-    if role == "assistant" and any(message.get(key) == 0 for key in ("weight", "loss", "train")):
-        raise RowError("an answer of weight 0; every answer is learned, so remove the row or that answer")
+    fields: dict[str, Any] = {}
+    # A message that calls a tool often has no content.
+    if calls := role == "assistant" and (message.get("tool_calls") or message.get("function_call")):
+        if (found := read_calls(calls)) is None:
+            raise RowError(
+                "a tool call without the name of a function, or whose arguments are not a JSON object"
+            )
+        fields["tool_calls"], content = found, content or []
+    if role == "tool":
+        fields = {
+            name: message[name] for name in ("tool_call_id", "name") if isinstance(message.get(name), str)
+        }
     if isinstance(content, str):
         content = [content]
     if not isinstance(content, list):
         raise RowError("a message whose content is neither a text nor a list of parts")
-    return role, _separate([read_part(part, media) for part in content])
+    if role == "assistant":
+        reasoning, content = read_reasoning(message, content)
+        fields |= {REASONING: reasoning} if reasoning else {}
+    # OpenAI's key, and those of ms-swift and axolotl, which may be false.
+    is_masked = role == "assistant" and any(message.get(key) == 0 for key in ("weight", "loss", "train"))
+    parts = _separate([read_part(part, media) for part in content])
+    return _Turn(role, parts, fields, "none" if is_masked else "all")
+
+
+def _name_results(turns: list[_Turn]) -> list[_Turn]:
+    """Give the result of each tool the id and the name of its call, which templates write; some sets leave them out."""
+    names: dict[str, str] = {}
+    waiting: list[str] = []
+    named = []
+    for turn in turns:
+        if calls := turn.fields.get("tool_calls"):
+            waiting = [call["id"] for call in calls]
+            names |= {call["id"]: call["function"]["name"] for call in calls}
+        if turn.role == "tool":
+            # Without an id, results come in the order of the calls.
+            call = turn.fields.get("tool_call_id") or next(iter(waiting), None)
+            if call is not None and call not in names:
+                raise RowError("the result of a tool names no call before it", str(call))
+            waiting = [other for other in waiting if other != call]
+            own = {} if call is None else {"tool_call_id": call, "name": names[call]}
+            # A call may be a text of the answer, as in sets of Hermes.
+            turn = turn._replace(fields={**turn.fields, **own})
+        named.append(turn)
+    return named
 
 
 def read_part(part: object, media: RecordMedia) -> str | Media | _Slot:
@@ -449,34 +425,43 @@ def _strip(parts: list[str | Media]) -> list[str | Media]:
     return [part for part in parts if part != ""]
 
 
-def _join(turns: list[tuple[Role, list[str | Media]]], allow_empty_answers: bool) -> list[Message]:
+def _join(turns: list[_Turn], allow_empty_answers: bool) -> list[Message]:
     """Join successive turns of one role, unless both hold media, and refuse turns that cannot be used."""
-    joined: list[tuple[Role, list[str | Media]]] = []
+    joined: list[_Turn] = []
     # Of the last one of them. Looking at its parts again for each further turn would take quadratic time.
     has_text = has_media = False
-    for role, parts in turns:
-        message = _checked(role, parts, allow_empty_answers)
+    for turn in turns:
+        role, parts = turn.role, turn.parts
+        message = _checked(turn, allow_empty_answers)
         text, media = bool(message.text), bool(message.media)
         if not parts and role == "system":
             continue
-        # Two messages with media stay apart, because the media of one message are fused.
-        if not joined or joined[-1][0] != role or (has_media and media):
-            joined.append((role, list(parts)))
+        last = joined[-1] if joined else None
+        # Two messages with media stay apart, because the media of one message are fused; and so do calls, their
+        # results, and answers that are learned in another way.
+        is_alone = last is None or last[0] != role or role == "tool" or turn[2:] != last[2:] or turn.fields
+        if is_alone or (has_media and media):
+            joined.append(turn._replace(parts=list(parts)))
             has_text, has_media = text, media
         else:
-            joined[-1][1].extend([BETWEEN, *parts] if has_text and text else parts)
+            last.parts.extend([BETWEEN, *parts] if has_text and text else parts)
             has_text, has_media = has_text or text, has_media or media
-    return [Message(role, parts) for role, parts in joined]
+    return [Message(*turn) for turn in joined]
 
 
-def _checked(role: Role, parts: list[str | Media], allow_empty_answers: bool) -> Message:
+def _checked(turn: _Turn, allow_empty_answers: bool) -> Message:
+    role = turn.role
     try:
-        message = Message(role, parts)
+        message = Message(*turn)
     except InputError as error:
         raise RowError("a text is not valid Unicode (half of a surrogate pair)") from error
     if role == "assistant" and message.media:
         raise RowError("media in an answer; a model answers in text")
-    is_needed = role == "user" or (role == "assistant" and not allow_empty_answers)
+    if role == "tool" and message.media:
+        raise RowError("media in the result of a tool; put them into a message of the user")
+    is_needed = role == "user" or (
+        role == "assistant" and not allow_empty_answers and "tool_calls" not in turn.fields
+    )
     if is_needed and not message.media and not is_visible(message.text):
         raise RowError("empty answer" if role == "assistant" else "a question without text or media")
     return message

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from bindllm.conversation import Conversation, Rendered, render
+from bindllm.conversation import Conversation, Message, Rendered, render
 from bindllm.data.source_config import Split
 from bindllm.errors import InputError
 from bindllm.media import Media
@@ -183,9 +183,10 @@ def tokenize(
 ) -> Sample:
     """Turn a conversation into a sample of at most ``max_length`` tokens.
 
-    Every answer is learned. One that is too long is cut and still ends with its end token, so that the model learns
-    to stop. If not even the start of an answer fits, that turn and all turns after it are dropped. Tokens after the
-    last answer teach nothing; they are dropped without counting as truncation.
+    Every answer is learned, unless it says otherwise (`Message.learned`). One that is too long is cut and still ends
+    with its end token, so that the model learns to stop. If not even the start of an answer fits, that turn and all
+    turns after it are dropped. Tokens after the last answer teach nothing; they are dropped without counting as
+    truncation.
 
     Args:
         conversation: ends with an answer.
@@ -204,8 +205,9 @@ def tokenize(
     """
     if not _num_answers(conversation):
         raise InputError("no answer: the conversation has no assistant message to learn from")
-    texts = [message.text for message in conversation.messages if message.role == "assistant"]
-    if not all(text.strip() for text in (texts[-1:] if last_only else texts)):
+    learned = [message for message in conversation.messages if _is_learned(message)]
+    learned = learned[-1:] if last_only else learned
+    if not all(message.text.strip() or "tool_calls" in message.fields for message in learned):
         raise InputError("an answer is empty")
     rendered = render(conversation, tokenizer)
     answers = rendered.answers[-1:] if last_only else rendered.answers
@@ -277,7 +279,11 @@ def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) ->
 
 
 def _num_answers(conversation: Conversation) -> int:
-    return sum(message.role == "assistant" for message in conversation.messages)
+    return sum(map(_is_learned, conversation.messages))
+
+
+def _is_learned(message: Message) -> bool:
+    return message.role == "assistant" and message.learned != "none"
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -220,6 +220,8 @@ class SourceConfig:
             the answer (QCM-LE-A). only: learn only them (QCM-LE). given: they belong to the question (QCMG-A).
         rationales: a file with generated rationales, used instead of those of the rows with the same column ``id``:
             what ``bindllm generate --input`` wrote. A row without one is skipped.
+        reasoning: learn the thoughts before an answer, keep them in the text without learning them (mask), or drop
+            them.
         episodes: draw episodes of link-context learning from the images and their labels. Each class is in one split.
     """
 
@@ -237,6 +239,7 @@ class SourceConfig:
     allow_outside: bool = True
     rationale: Rationale = False
     rationales: str | None = None
+    reasoning: Literal["learn", "mask", "drop"] = "learn"
     episodes: EpisodeConfig | None = None
 
     def __post_init__(self) -> None:
@@ -269,5 +272,7 @@ class SourceConfig:
             raise InputError(f"{self.path}: rationale belongs to format: choice or vqa, not to {self.format}")
         if self.rationales is not None and not self.rationale:
             raise InputError(f"{self.path}: rationales are not used with rationale: false; choose given")
+        if self.reasoning not in ("learn", "mask", "drop"):
+            raise InputError(f"{self.path}: reasoning must be learn, mask or drop, not {self.reasoning!r}")
         if self.episodes is not None and self.format != "caption":
             raise InputError(f"{self.path}: episodes belong to format: caption, not to {self.format}")

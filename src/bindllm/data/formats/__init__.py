@@ -14,7 +14,7 @@ from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
-from bindllm.conversation import INPUT_HEADER, Conversation, Message, Role
+from bindllm.conversation import INPUT_HEADER, Message, Role
 from bindllm.conversation.messages import (
     BETWEEN,
     MediaResolver,
@@ -43,10 +43,14 @@ CONTROL = "a caption with control characters, removed"
 NO_RATIONALE = "a row without a rationale, used as a question and its answer"
 """Remark on a row."""
 _BYTE_ORDER_MARK = "\ufeff"
+CALL = "function_call"
 SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
+    # A call, whose value is JSON, and its result, in the layout of LLaMA-Factory.
+    CALL: "assistant",
+    **dict.fromkeys(("tool", "observation", "function_response", "ipython"), "tool"),
 }
 # CSV writes truth values as words or digits.
 _TRUTHS: Mapping[str, bool] = {"true": True, "false": False, "1": True, "0": False}
@@ -234,7 +238,7 @@ def preference(fields: Fields) -> Row:
     if better == worse:
         raise RowError("chosen and rejected are the same")
     row = fields.row_of([*prompt, better], "chat")
-    return replace(row, rejected=Conversation((*prompt, worse)))
+    return replace(row, rejected=replace(row.conversation, messages=(*prompt, worse)))
 
 
 def _exchange(question: str | list[str], answer: str) -> list[dict[str, object]]:
@@ -384,7 +388,9 @@ def sharegpt_turns(fields: Fields) -> list[object]:
         if not isinstance(text, str):
             raise RowError("a turn whose value is not a text")
         # With the other keys, such as a weight, which the parser checks.
-        role = role_of(turn.get("from", turn.get("role")), SHAREGPT_ROLES)
+        role = role_of(name := turn.get("from", turn.get("role")), SHAREGPT_ROLES)
+        if name == CALL:
+            turn, text = {**turn, "tool_calls": text}, ""
         turns.append({**turn, "role": role, "content": text})
     return turns
 

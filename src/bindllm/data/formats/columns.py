@@ -6,10 +6,10 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bindllm.conversation import Message
+from bindllm.conversation import REASONING, Message
 from bindllm.conversation.messages import (
     FILE_MODALITIES,
     MediaResolver,
@@ -19,6 +19,7 @@ from bindllm.conversation.messages import (
     parse_messages,
     spells_placeholder,
 )
+from bindllm.conversation.tools import read_tools
 from bindllm.data.rows import Row, Task
 from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
 from bindllm.data.tables import Record
@@ -54,8 +55,8 @@ SPELLED = (
     "a placeholder such as <image> but no media for it, kept as text; check the name of the media column"
 )
 """Remark on a row."""
-# Earlier turns and tools in the layouts of LLaMA-Factory and ms-swift, a second answer in that of ms-swift.
-_UNUSED = ("history", "tools", "rejected_response")
+# Earlier turns in the layouts of LLaMA-Factory and ms-swift, a second answer in that of ms-swift.
+_UNUSED = ("history", "rejected_response")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -182,7 +183,8 @@ class Fields:
         self, messages: Sequence[Message], task: Task, *, remarks: tuple[str, ...] = (), **facts: Any
     ) -> Row:
         """Return the row of parsed messages, as `row` does."""
-        conversation = answered(messages)
+        messages = [self._with_reasoning(message) for message in messages]
+        conversation = answered(messages, self.tools())
         facts = {"references": (conversation.messages[-1].text,), **facts}
         return Row(
             conversation,
@@ -194,6 +196,30 @@ class Fields:
             split=self._split(),
             remarks=(*remarks, *self.remarks(messages)),
             **facts,
+        )
+
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Return the tools that the model may call, of the column ``tools``; empty without one.
+
+        Raises:
+            RowError: they are in no known form.
+        """
+        value = self.record.get("tools")
+        # Arrow gives rows without tools an empty value.
+        if value is None or not value:
+            return ()
+        if (tools := read_tools(value)) is None:
+            raise RowError("the column 'tools' does not hold a list of functions, each with a name")
+        return tools
+
+    def _with_reasoning(self, message: Message) -> Message:
+        kept = self.config.reasoning
+        if kept == "learn" or REASONING not in message.fields:
+            return message
+        if kept == "mask":
+            return replace(message, learned="none" if message.learned == "none" else "answer")
+        return replace(
+            message, fields={name: value for name, value in message.fields.items() if name != REASONING}
         )
 
     def remarks(self, messages: Sequence[Message]) -> tuple[str, ...]:

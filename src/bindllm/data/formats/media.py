@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bindllm.conversation.messages import RowError, read_media
+from bindllm.conversation.messages import RowError
+from bindllm.conversation.references import read_media
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import HUB
 from bindllm.media import Media

@@ -26,7 +26,7 @@ def read_question(fields: Fields) -> tuple[Conversation, tuple[str, ...]]:
         messages.pop()
     if not any(message.role == "user" for message in messages):
         raise RowError("no question: no message of the user")
-    return Conversation(tuple(messages)), remarks
+    return Conversation(tuple(messages), tools=fields.tools()), remarks
 
 
 def _turns(fields: Fields) -> list[object]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from bindllm.conversation.messages import RowError, read_media
+from bindllm.conversation.messages import RowError
+from bindllm.conversation.references import read_media
 from bindllm.data import formats
 from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from bindllm.conversation import NO_MEDIA, Conversation, Message, control_tokens, end_tokens, render
-from bindllm.conversation.messages import FILE_MODALITIES, read_conversation
+from bindllm.conversation.messages import FILE_MODALITIES
+from bindllm.conversation.references import read_conversation
 from bindllm.embeddings.embedder import GroupEmbeddings
 from bindllm.encoders import Encoder
 from bindllm.errors import InputError, did_you_mean
