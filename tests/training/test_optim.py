@@ -99,3 +99,25 @@ def test_table_shows_groups_counts_and_what_is_frozen():
     assert any("bind" in line and "19" in line and "12" in line and "trained" in line for line in lines)
     assert any("inject" in line and "frozen" in line for line in lines)
     assert any("decoder" in line and "1,234,567" in line and "frozen" in line for line in lines)
+
+
+def test_another_optimizer_by_its_import_path():
+    config = OptimConfig(lr=0.1, weight_decay=0.3, optimizer="torch.optim.SGD", options={"momentum": 0.5})
+    optimizer = build_optimizer(groups(), config)
+    assert type(optimizer) is torch.optim.SGD
+    assert {part["weight_decay"] for part in optimizer.param_groups} == {0.0, 0.3}
+    assert {(part["lr"], part["momentum"]) for part in optimizer.param_groups} == {(0.1, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer": "torch.optim.Nothing"}, "cannot be imported"),
+        ({"optimizer": "torch.nn.Linear"}, "is not a class of torch.optim.Optimizer"),
+        ({"optimizer": "torch.optim.SGD", "options": {"speed": 1}}, "refuses its arguments"),
+        ({"options": {"momentum": 0.5}}, "those of another optimizer"),
+    ],
+)
+def test_optimizers_that_cannot_be_built(values, words):
+    with pytest.raises(InputError, match=words):
+        build_optimizer(groups(), OptimConfig(**values))

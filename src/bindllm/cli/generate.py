@@ -234,6 +234,8 @@ def check_texts(shots_by: ShotsBy, model: BindLLM) -> None:
 class ModelOptions:
     """Model."""
 
+    revision: str | None = None
+    """commit of a checkpoint on the hub, whose id is given as the checkpoint"""
     decoder: str | None = None
     """folder of the decoder, if it has moved since training"""
     quantize: Literal["nf4", "int8", "none"] | None = None
@@ -263,6 +265,7 @@ class ModelOptions:
 
         return BindLLM.from_pretrained(
             checkpoint,
+            revision=self.revision,
             decoder=self.decoder,
             device=device,
             allow=self.allow,

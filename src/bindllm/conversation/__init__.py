@@ -172,16 +172,14 @@ def render(
 
     Raises:
         DecoderError: no offsets, no chat template, or a template whose text cannot be mapped to messages.
-        InputError: a text that spells a control token, a conversation that the template refuses or drops a text of, or
-            an answer that the tokenizer can only join with its header.
+        InputError: a control token in a text, a text that the template drops, or an answer joined with its header.
 
     Examples:
         >>> render(Conversation((Message("user", "Hi"),)), tokenizer).input_ids  # doctest: +SKIP
         [1, 9690, 198, ...]
     """
     check_tokenizer(tokenizer)
-    messages = conversation.messages
-    _check_roles(messages, add_generation_prompt=add_generation_prompt)
+    _check_roles(messages := conversation.messages, add_generation_prompt=add_generation_prompt)
     # How to read this: messages -> text -> starts of answers in it -> tokens -> media index and answers as tokens.
     control, escape = control_tokens(tokenizer), control_text == "escape"
     given = [{**m.fields, "role": m.role, "content": m.text} for m in messages]
@@ -192,12 +190,16 @@ def render(
     template.check_written(turns, text, header=add_generation_prompt)
     answer_starts = _answer_starts(template, turns, text, control)
     ids, starts = tokenize(tokenizer, text, answer_starts.values())
-    answers, learned, control_ids = {}, [], set(control.values())
+    answers, spans, whole, control_ids = {}, [], [], set(control.values())
     for turn, start in answer_starts.items():
         first = bisect_left(starts, _found(start, turn, tokenizer))
-        answers[turn] = first, _answer_end(ids, first, control_ids)
+        answers[turn] = first, stop = first, _answer_end(ids, first, control_ids)
+        # An answer that is not learned is a part of the prompt.
         if messages[turn].learned != "none":
-            learned.append((turn, start, text[start : starts[answers[turn][1] - 1]]))
+            written = text[start : starts[stop - 1]]
+            learned = bisect_left(starts, start + _num_masked(written, turns[turn], messages[turn].learned))
+            spans.append((max(first, learned), stop))
+            whole.append(_is_whole(written, turns[turn]))
     (_, first_group), *changes = _group_changes(conversation)
     media_index = [first_group] * len(ids)
     for turn, group in changes:
@@ -207,22 +209,18 @@ def render(
         after = answers.get(turn - 1, (0, None))[1]
         first = _found(after, turn, tokenizer) if start is None else bisect_left(starts, start)
         media_index[first:] = [group] * (len(ids) - first)
-    # An answer that is not learned is a part of the prompt.
-    spans, whole = [], []
-    for turn, start, written in learned:
-        first, stop = answers[turn]
-        if messages[turn].learned == "answer":
-            first = max(first, bisect_left(starts, start + _reasoning_end(written, turns[turn])))
-        spans.append((first, stop))
-        # A template writes calls after the text.
-        content, rest = _squeeze(turns[turn]["content"]), _squeeze(written)
-        whole.append(content in rest if "tool_calls" in turns[turn] else rest.endswith(content))
     return Rendered(ids, media_index, spans, whole, starts)
 
 
-def _reasoning_end(written: str, turn: Mapping[str, Any]) -> int:
-    """Return the number of characters of an answer up to the end of its reasoning; 0 without any."""
-    reasoning = turn.get(REASONING, "").strip()
+def _is_whole(written: str, turn: Mapping[str, Any]) -> bool:
+    """Return whether the learned text of an answer holds all its text; a template writes calls after it."""
+    content, rest = _squeeze(turn["content"]), _squeeze(written)
+    return content in rest if "tool_calls" in turn else rest.endswith(content)
+
+
+def _num_masked(written: str, turn: Mapping[str, Any], learned: Learned) -> int:
+    """Return the number of characters of an answer up to the end of its reasoning, if that is not learned."""
+    reasoning = turn.get(REASONING, "").strip() if learned == "answer" else ""
     # The template may drop the thoughts of earlier answers.
     found = written.find(reasoning) if reasoning else -1
     return 0 if found < 0 else found + len(reasoning)

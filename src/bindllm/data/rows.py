@@ -203,12 +203,7 @@ def tokenize(
         >>> tokenize(conversation, tokenizer, 128).input_ids.shape  # doctest: +SKIP
         (23,)
     """
-    if not _num_answers(conversation):
-        raise InputError("no answer: the conversation has no assistant message to learn from")
-    learned = [message for message in conversation.messages if _is_learned(message)]
-    learned = learned[-1:] if last_only else learned
-    if not all(message.text.strip() or "tool_calls" in message.fields for message in learned):
-        raise InputError("an answer is empty")
+    _check_answers(conversation, last_only=last_only)
     rendered = render(conversation, tokenizer)
     answers = rendered.answers[-1:] if last_only else rendered.answers
     if not all(rendered.whole[-1:] if last_only else rendered.whole):
@@ -280,6 +275,15 @@ def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) ->
 
 def _num_answers(conversation: Conversation) -> int:
     return sum(map(_is_learned, conversation.messages))
+
+
+def _check_answers(conversation: Conversation, *, last_only: bool) -> None:
+    learned = [message for message in conversation.messages if _is_learned(message)]
+    if not learned:
+        raise InputError("no answer: the conversation has no assistant message to learn from")
+    learned = learned[-1:] if last_only else learned
+    if not all(message.text.strip() or "tool_calls" in message.fields for message in learned):
+        raise InputError("an answer is empty")
 
 
 def _is_learned(message: Message) -> bool:

@@ -29,7 +29,7 @@ from bindllm.errors import InputError
 from bindllm.media import Media, check_media
 from bindllm.model.adapter import Adapter, AdapterConfig, checkpointed
 from bindllm.model.bind_network import BindConfig, BindNetwork
-from bindllm.model.checkpoint import check_keys, describe_model, save_model
+from bindllm.model.checkpoint import check_keys, describe_model, push_model, save_model
 from bindllm.model.context import ContextConfig, build_context
 from bindllm.model.context.records import CONTEXT_INPUTS, find_records, read_records
 from bindllm.model.decoder import (
@@ -438,11 +438,16 @@ class BindLLM(nn.Module):
         """
         save_model(self, folder, data=data, files=files)
 
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Upload the checkpoint folder, and return its commit; options as for `push_model`."""
+        return push_model(self, name, **options)
+
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
         *,
+        revision: str | None = None,
         decoder: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -457,7 +462,8 @@ class BindLLM(nn.Module):
         """Load a checkpoint folder.
 
         Args:
-            folder: a folder written by `save_pretrained`.
+            folder: a folder written by `save_pretrained`, or with a revision the id of a model on the hub.
+            revision: commit on the hub; None: the folder is a local one.
             decoder: folder of the decoder, if it is not at the path that the checkpoint names.
             dtype: another precision of the decoder than the one in the checkpoint.
             device: by default the accelerator that torch finds, else the CPU.
@@ -478,13 +484,8 @@ class BindLLM(nn.Module):
                 more bind tokens than in training.
             StoreError: the cache or the datastore is missing or damaged, or was built with another encoder.
         """
-        parts = {
-            "decoder": decoder,
-            "dtype": dtype,
-            "allow": allow,
-            "encoders": encoders,
-            "quantize": quantize,
-        }
+        parts = {"decoder": decoder, "dtype": dtype, "allow": allow, "encoders": encoders}
+        parts |= {"quantize": quantize, "revision": revision}
         choices = {"cache": cache, "tokens": tokens, "datastore": datastore, "records": records}
         return load_model(cls, folder, parts, device=device, **choices)
 

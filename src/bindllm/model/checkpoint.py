@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,43 @@ def save_model(
         files=files,
         datastore=model.datastore,
     )
+
+
+def push_model(
+    model: BindLLM, name: str, *, private: bool = True, message: str = "Upload a bindllm checkpoint"
+) -> str:
+    """Upload the checkpoint folder of a model to the hub of Hugging Face.
+
+    The frozen decoder and encoders are named in it, not uploaded.
+
+    Args:
+        model: the model.
+        name: id of the repository, such as ``me/scenes``; made if it does not exist.
+        private: whether a new repository is private.
+        message: of the commit.
+
+    Returns:
+        the commit, to be given as ``revision`` of `BindLLM.from_pretrained`.
+
+    Raises:
+        CheckpointError: the upload fails.
+    """
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as home:
+        model.save_pretrained(Path(home, "checkpoint"))
+        api = HfApi()
+        try:
+            api.create_repo(name, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=name, folder_path=Path(home, "checkpoint"), commit_message=message
+            ).oid
+        # A server may fail in any way.
+        except Exception as error:
+            raise CheckpointError(
+                f"the upload to {name!r} has failed ({type(error).__name__}: {error}). Log in with `hf auth login`, "
+                "and use an id such as me/scenes"
+            ) from error
 
 
 def write_checkpoint(

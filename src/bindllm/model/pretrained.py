@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
 
 
+_FILES = ["*.json", "*.safetensors", "*.md", "*.yaml", "*.tsv", "*.jsonl", "*.faiss"]
+"""Files of a checkpoint folder that are downloaded: code and pickles never are."""
+
+
 def load_model(
     kind: type[BindLLM],
     folder: str | Path,
@@ -53,13 +57,15 @@ def load_model(
     Args:
         kind: the class of the model.
         folder: the checkpoint.
-        parts: the arguments of `read_parts`.
+        parts: the arguments of `read_parts`, and the revision on the hub.
         device: where the decoder is loaded.
         cache: the visual cache.
         tokens: bind tokens of a media group.
         datastore: the records of a model with context.
         records: number of records for each media.
     """
+    if (revision := parts.pop("revision")) is not None:
+        folder = _download(str(folder), revision)
     config, parts, found = read_parts(folder, **parts)
     # Before the decoder, which may take minutes to load, and before memory is taken for sizes of the manifest.
     empty = kind.build_empty(config, **parts)
@@ -79,6 +85,20 @@ def load_model(
     if records is not None:
         model.context.num_records = records
     return model.eval()
+
+
+def _download(name: str, revision: str) -> Path:
+    """Return the local copy of a checkpoint on the hub; of its files, only those that a checkpoint has."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    # Without a network, an account or such a name, each library raises errors of its own.
+    except Exception as error:
+        raise CheckpointError(
+            f"{name!r} at revision {revision!r} could not be downloaded ({type(error).__name__}: {error}). Give the id "
+            "of a model on the hub and a commit; for a local folder leave revision out"
+        ) from error
 
 
 def read_parts(

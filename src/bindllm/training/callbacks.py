@@ -31,6 +31,7 @@ from bindllm.errors import InputError, did_you_mean, printable
 from bindllm.evaluation.task import media_name
 from bindllm.model.quantize import num_weights
 from bindllm.objectives import Objective
+from bindllm.training.loggers import log_captions
 from bindllm.training.optim import groups_table
 
 METRICS = "metrics.csv"
@@ -319,6 +320,7 @@ class SampleCaptions(Callback):
         # The step under which Lightning logs the loss of this validation.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self.run_log.log_captions(self.latest, step)
+        log_captions(trainer.loggers, self.latest, step=step)
 
 
 def _row(sample: Sample, answer: str) -> dict[str, str]:

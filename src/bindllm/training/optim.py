@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a linear warm-up and a cosine decay, over named groups of parameters.
+"""The optimizer: AdamW or another one, with a linear warm-up and a cosine decay, over named groups of parameters.
 
 Trained parameters are selected by the names of groups, never by a substring of parameter names; `groups_table` shows
 the selection before the first step.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bindllm.errors import InputError, TrainingError
+from bindllm.imports import name_module
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 """Named groups of named parameters, as `BindLLM.parameter_groups` returns them."""
+
+ADAMW = "torch.optim.AdamW"
 
 _ZERO_STEPS = 100
 """Steps after which a run whose gradient is zero ends, if its epochs are longer."""
@@ -49,7 +53,18 @@ class OptimConfig:
     final_lr: float = 0.1
     """Learning rate at the last step, as a share of `lr`; the decay is a cosine."""
 
+    optimizer: str = ADAMW
+    """Import path of another optimizer, such as torch.optim.NAdam; it gets ``lr`` and the decay of each group."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of another optimizer."""
+
     def __post_init__(self) -> None:
+        if self.optimizer == ADAMW and self.options:
+            raise InputError(
+                f"model.optim: options {', '.join(self.options)} are those of another optimizer; AdamW has lr, betas "
+                "and weight_decay"
+            )
         # Negated comparisons would accept NaN; these refuse it. A warm-up without end would keep the rate at zero.
         wrong = [
             f"{name} is {value}, expected {expected}"
@@ -71,17 +86,17 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return not name.startswith(_UNDECAYED) and parameter.ndim > 1
 
 
-def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that require a gradient.
+def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """Return the optimizer over the parameters that require a gradient.
 
     Args:
         groups: the named groups.
         config: learning rate, betas and decay.
-        fused: one pass over memory instead of ten; must be False with Lightning's mixed precision, which cannot clip
-            the gradients of a fused optimizer.
+        fused: AdamW takes one pass over memory instead of ten; must be False with Lightning's mixed precision, which
+            cannot clip the gradients of a fused optimizer.
 
     Raises:
-        InputError: no parameter is trainable.
+        InputError: no parameter is trainable, or another optimizer does not exist or refuses its arguments.
     """
     # Two groups, because weight decay pulls towards zero: right for matrices, wrong for gates, norms and biases.
     decayed, plain = [], []
@@ -97,7 +112,25 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if params
     ]
+    if config.optimizer != ADAMW:
+        return _build_other(parts, config)
     return torch.optim.AdamW(parts, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def _build_other(parts: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    path = config.optimizer
+    # The recipe of the user names it, so its module may be imported, also from the working directory.
+    name_module(path)
+    try:
+        kind = resolve_name(path)
+    except Exception as error:
+        raise InputError(f"model.optim.optimizer {path} cannot be imported ({error})") from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(f"model.optim.optimizer {path} is not a class of torch.optim.Optimizer")
+    try:
+        return kind(parts, lr=config.lr, **config.options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.optim: {path} refuses its arguments ({error})") from error
 
 
 def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib.util
 import math
 import os
 import shutil
@@ -20,7 +19,6 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 
 from bindllm.atomic import atomic_file, check_replaceable, locked, read_recipe, remove_leftovers
@@ -33,6 +31,7 @@ from bindllm.model.checkpoint import MANIFEST
 from bindllm.report.report import RunFacts, write_report
 from bindllm.report.summary import print_summary
 from bindllm.training.callbacks import METRICS
+from bindllm.training.loggers import log_recipe, log_results
 from bindllm.training.module import BindModule
 from bindllm.training.optim import describe_groups
 from bindllm.training.state import BEST, LAST, Interrupted, RunState, map_write_errors
@@ -377,6 +376,7 @@ class Run:
         # Lightning replaces the handler during fit.
         handler = signal.getsignal(signal.SIGINT)
         last = self.state.last if self.state.last.exists() else None
+        log_recipe(self.trainer.loggers, yaml.safe_load(self.recipe))
         try:
             self.trainer.fit(self.module, self.data, ckpt_path=last, weights_only=True)
         except SystemExit as stop:
@@ -444,20 +444,6 @@ class Run:
             problems=measured.problems,
             device=str(model.device),
         )
+        log_results(self.trainer.loggers, measured.metrics, step=self.trainer.global_step)
         log = self.state.folder / METRICS
         return metrics, write_report(self.output, metrics=metrics, facts=facts, rows=measured.rows, log=log)
-
-
-def make_loggers(chosen: Any, folder: Path) -> list[Logger]:
-    """Return the loggers that a recipe chooses; by default TensorBoard, if it is installed."""
-    if chosen is False:
-        return []
-    if chosen not in (None, True):
-        return list(chosen) if isinstance(chosen, list | tuple) else [chosen]
-    # Found, not imported: importing it takes seconds.
-    if importlib.util.find_spec("tensorboard") is None:
-        print(
-            "tensorboard is not installed (pip install 'bindllm[report]'): the run is logged to metrics.csv only"
-        )
-        return []
-    return [TensorBoardLogger(folder, name="", version="")]

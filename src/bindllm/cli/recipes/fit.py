@@ -37,7 +37,8 @@ from bindllm.imports import find_named_modules
 from bindllm.model.checkpoint import MANIFEST
 from bindllm.parallel import Processes, RunContext
 from bindllm.training.callbacks import ParameterTable, RunLog, RunProgress, SampleCaptions
-from bindllm.training.run import Run, lock_output, make_loggers, run_folder
+from bindllm.training.loggers import make_loggers
+from bindllm.training.run import Run, lock_output, run_folder
 from bindllm.training.state import AtomicCheckpointIO, RunState
 
 REPORT_PACKAGES = ("torchmetrics", "matplotlib")
