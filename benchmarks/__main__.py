@@ -17,6 +17,7 @@ NAMES = (
     "generation",
     "serve",
     "few_shot",
+    "context",
     "evaluate",
     "bind_tokens",
     "media_cost",

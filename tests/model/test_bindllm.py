@@ -15,6 +15,7 @@ from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import CheckpointError, DecoderError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.decoder import DecoderConfig
+from bindllm.model.generation.scores import UNSURE
 from bindllm.model.injection import InjectConfig
 from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_model
 
@@ -381,7 +382,7 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
         model.encode([])
     with pytest.raises(InputError, match="a prompt is"):
         model.generate(3)
-    with pytest.raises(InputError, match="no beams"):
+    with pytest.raises(InputError, match="a stream has no num_beams"):
         list(model.stream("What?", num_beams=2))
     with pytest.raises(InputError, match="not a Message"):
         Conversation("hello")
@@ -619,3 +620,33 @@ def test_log_probability_is_that_of_each_token(any_kind):
     assert pairs == pytest.approx([found[0], model.log_probability("Who, then?", "blue")], abs=1e-3)
     with pytest.raises(InputError, match="2 prompts but 1 answers"):
         model.log_probability(["a", "b"], "red")
+
+
+def test_doubtful_answers_about_media_are_replaced(any_kind):
+    model, batch = (
+        any_kind,
+        (["What?", "Tell me, what is it?", "What?"], [[image("red")], [image("blue")], []]),
+    )
+    options = {"max_new_tokens": 6, "seed": 0}
+    plain = model.generate(*batch, **options)
+    ids, mask, index, embeddings, tokens = model.prepare("What?", batch[1][0])
+    least = 1.0
+    for token in model.generate_from(ids, mask, index, embeddings, tokens, **options)[0].tolist():
+        logits = model(ids, mask, index, embeddings, tokens=tokens).logits[0, -1]
+        least = min(least, logits.softmax(-1)[token].item())
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        mask, index = torch.ones_like(ids), torch.cat([index, index[:, -1:]], 1)
+    assert model.generate(*batch, **options, min_probability=least * 0.99)[0] == plain[0]
+    assert model.generate(*batch, **options, min_probability=least * 1.01)[0] == UNSURE
+    # No token of this model is certain; text alone is answered by the language model, whatever the probability.
+    assert model.generate(*batch, **options, min_probability=1) == [UNSURE, UNSURE, plain[2]]
+    several = {**options, "do_sample": True, "num_return_sequences": 2, "min_probability": 1}
+    assert model.generate("What?", [image("red")], **several) == [UNSURE, UNSURE]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_probability_out_of_range_is_refused(model, value):
+    with pytest.raises(InputError, match="min_probability is .*expected 0 to 1"):
+        model.generate("What?", min_probability=value)
+    with pytest.raises(InputError, match="a stream has no"):
+        list(model.stream("What?", min_probability=0.5))

@@ -332,6 +332,24 @@ def test_neighbors_are_shown_with_their_thumbnails_and_warnings_with_the_file(pa
     assert page.text(".turn.model > .note") == "a.wav: damaged"
 
 
+def test_an_answer_about_media_with_an_unlikely_token_is_marked(page, server):
+    def piece(text, *logprobs):
+        content = [{"token": text, "logprob": value} for value in logprobs]
+        return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": {"content": content}}]}
+
+    server.answers = [[piece("Red", -0.1), piece(".", -1.6, -0.01)], [piece("Blue.", -0.6)], ["No media."]]
+    for number, notes in ((1, 1), (2, 1), (3, 1)):
+        if number < 3:
+            give(page, "drop", "a.wav")
+            page.wait("document.querySelectorAll('#attached li').length === 1")
+        ask(page, "What?")
+        answered(page, number)
+        assert server.asked[-1].get("logprobs", False) == (number < 3)
+        assert page.run("document.querySelectorAll('.turn.model > .note').length") == notes
+    doubt = "The model is not sure: one token of this answer has a probability of 20 %."
+    assert page.text(".turn.model > .note") == doubt
+
+
 def test_settings_reach_the_request(page, server):
     server.answers = [["Yes."]]
     page.click("#open-settings")

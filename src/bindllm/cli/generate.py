@@ -93,6 +93,8 @@ class DecodingOptions(SamplingOptions):
     """number of beams of a beam search"""
     stream: bool = False
     """print the answer while it is generated"""
+    min_probability: Probability | None = None
+    """answer "I do not recognize this." if a token of an answer about media is less likely than this"""
     stop_strings: tuple[str, ...] = ()
     """a text that ends the answer and is its last part; may be repeated"""
 

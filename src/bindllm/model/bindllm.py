@@ -55,7 +55,7 @@ from bindllm.model.generation import (
     shots_limit,
     stream_text,
 )
-from bindllm.model.generation.scores import log_probability
+from bindllm.model.generation.scores import log_probability, replace_unsure
 from bindllm.model.generation.shared import Prompts, generate_ids
 from bindllm.model.groups import parameter_groups, set_trainable
 from bindllm.model.injection import InjectConfig, Injection, check_kind
@@ -360,7 +360,8 @@ class BindLLM(nn.Module):
             recent: as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ``stop_strings``, ...), and ``seed``, with which sampling gives the same
-                answers again. Without any, the answer is greedy and at most 128 tokens long, whatever the decoder's
+                answers again, and ``min_probability``: an answer about media with a less likely token becomes "I do not
+                recognize this.". Without any, the answer is greedy and at most 128 tokens long, whatever the decoder's
                 folder recommends (docs/answers.md).
 
         Returns:
@@ -372,8 +373,12 @@ class BindLLM(nn.Module):
         """
         options = check_options(options)
         batch = self.prepare(prompt, media, cache, shots, recent=recent, **options)
-        answers = self.generate_from(*batch, **find_records(self, batch[3], datastore), **options)
+        least = options.pop("min_probability", None)
+        records = find_records(self, batch[3], datastore)
+        answers = self.generate_from(*batch, **records, **options)
         texts = self.decode(answers)
+        if least:
+            texts = replace_unsure(self, batch, records, answers, texts, least)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if is_one(prompt) and len(texts) == 1 else texts
 
@@ -405,8 +410,10 @@ class BindLLM(nn.Module):
         """Yield the answer to one prompt piece by piece; ``recent`` as for `encode`, the others as for `generate`."""
         options = check_options(options)
         # Beam search may replace tokens that were already printed.
-        if options.get("num_beams", 1) > 1:
-            raise InputError("a stream has no beams: its pieces are final. Use generate, or num_beams=1")
+        if options.get("num_beams", 1) > 1 or options.get("min_probability"):
+            raise InputError(
+                "a stream has no num_beams and min_probability: its pieces are final. Use generate"
+            )
         batch = self.prepare(prompt, media, cache, shots, recent=recent, **options)
         run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)

@@ -49,6 +49,7 @@ _MORE_OPTIONS = (
     "stopping_criteria",
     "prefix_allowed_tokens_fn",
     "seed",
+    "min_probability",
 )
 # Fields of a GenerationConfig without effect here: transformers moved these searches into code on the hub, which is
 # never run, or they change the prompt, or they ask for tensors while `generate` returns text.
@@ -210,6 +211,8 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
         )
+    if not 0 <= (options.get("min_probability") or 0) <= 1:
+        raise InputError(f"min_probability is {options['min_probability']}, expected 0 to 1")
     defaults: dict[str, Any] = {"do_sample": any(options.get(name) is not None for name in _SAMPLING)}
     if options.get("max_length") is None:
         defaults["max_new_tokens"] = MAX_NEW_TOKENS

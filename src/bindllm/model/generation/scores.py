@@ -1,8 +1,8 @@
-"""Log-probabilities of answers: how likely a model finds a text as its answer."""
+"""Log-probabilities of answers: how likely a model finds a text as its answer, and which answers it doubts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
 
 IGNORED = -100
+
+UNSURE = "I do not recognize this."
+"""Replaces an answer about media with a token below ``min_probability``."""
 
 
 @torch.no_grad()
@@ -109,3 +112,48 @@ def log_likelihoods(logits: Tensor, targets: Tensor, rows: Tensor, count: int) -
     """Return the log-likelihood of the supervised tokens of each of ``count`` rows, [B], from logits [N, V]."""
     own = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return torch.zeros(count, device=own.device).index_add_(0, rows, own).cpu()
+
+
+@torch.no_grad()
+def replace_unsure(
+    model: BindLLM,
+    batch: Sequence[Tensor | None],
+    records: Mapping[str, Tensor],
+    answers: Tensor,
+    texts: Sequence[str],
+    least: float,
+) -> list[str]:
+    """Return answers, with `UNSURE` in place of those about media with a token that is less likely than ``least``.
+
+    Without temperature, penalties or other changes of the distribution. Text-only answers stay.
+
+    Args:
+        model: the model.
+        batch: the prompts, as `BindLLM.prepare` returns them, B of them.
+        records: further inputs of `BindLLM.forward`.
+        answers: ids of the answers, [N, A]; N is a multiple of B.
+        texts: of the answers, N of them.
+        least: probability, 0 to 1.
+    """
+    names = ("input_ids", "attention_mask", "media_index", "embeddings", "tokens")
+    answers, inputs = answers.to(model.device), dict(zip(names, batch, strict=True)) | records
+    inputs = {
+        name: value.to(model.device).repeat_interleave(len(answers) // len(value), 0)
+        for name, value in inputs.items()
+        if value is not None
+    }
+    ended = torch.isin(answers, torch.tensor(model.settings.eos_token_id, device=model.device))
+    # The end of an answer counts, the padding after it does not.
+    own = ended.cumsum(1) - ended.long() == 0  # [N, A]
+    index = inputs["media_index"]
+    added = {
+        "input_ids": answers,
+        "attention_mask": own.long(),
+        "media_index": index[:, -1:].expand_as(answers),
+    }
+    inputs |= {name: torch.cat([inputs[name], value], 1) for name, value in added.items()}
+    inputs["labels"] = torch.cat([torch.full_like(index, IGNORED), answers.masked_fill(~own, IGNORED)], 1)
+    output = model(**inputs)
+    found = output.logits.float().softmax(-1).gather(1, output.targets[:, None])[:, 0]
+    doubtful = {*output.rows[found < least].tolist()} & {*(index >= 0).any(1).nonzero()[:, 0].tolist()}
+    return [UNSURE if n in doubtful else text for n, text in enumerate(texts)]

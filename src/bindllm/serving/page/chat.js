@@ -127,7 +127,8 @@ async function answer() {
     number = asked.length - 1;
     const body = { ...settings(), model: model?.id, messages: asked };
     if (model?.has_cache) body.neighbors = true;
-    const { finish, neighbors, warnings } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
+    if (turn.media.length) body.logprobs = true;
+    const { finish, neighbors, warnings, least } = await streamAnswer(body, $("key").value.trim(), abort.signal, (text) => {
       turn.answer += text;
       turn.element.querySelector(".model p.text").textContent = turn.answer;
       scrollDown();
@@ -135,7 +136,8 @@ async function answer() {
     const note = NOTES[finish] ?? (hasText(turn.answer) ? "" : "The answer is empty.");
     // Those about media of earlier turns were shown there.
     const own = warnings.filter((words) => words.startsWith(`messages[${number}]`));
-    turn.note = [note, ...own.map((words) => withFileNames(words, turn, number))].filter(Boolean).join(" ");
+    const doubt = least < SURE ? `The model is not sure: one token of this answer has a probability of ${Math.round(100 * least)} %.` : "";
+    turn.note = [doubt, note, ...own.map((words) => withFileNames(words, turn, number))].filter(Boolean).join(" ");
     // One list for each message with media; the last is the one that was asked now.
     turn.neighbors = turn.media.length ? neighbors.at(-1) ?? [] : [];
   } catch (error) {
@@ -160,6 +162,9 @@ function withFileNames(message, turn, number) {
 function hasText(text) {
   return /[^\s\p{Cf}\p{Cc}]/u.test(text);
 }
+
+// In right answers of the scenes model, no token is less likely than this.
+const SURE = 0.5;
 
 const NOTES = {
   length: "The answer was cut at the longest length (Max tokens in the settings).",

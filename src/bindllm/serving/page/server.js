@@ -29,14 +29,14 @@ export async function readModel(key) {
  * @param {string} key API key, or ""
  * @param {AbortSignal} signal ends the answer early
  * @param {(text: string) => void} onPiece called with each piece of the answer
- * @returns {Promise<{finish: ?string, neighbors: Array, warnings: string[]}>} why it ended, the images that the cache
- *   retrieved, and warnings about the media
+ * @returns {Promise<{finish: ?string, neighbors: Array, warnings: string[], least: number}>} why it ended, the images
+ *   that the cache retrieved, warnings about the media, and with `logprobs` the probability of the least likely token
  */
 export async function streamAnswer(body, key, signal, onPiece) {
   const payload = JSON.stringify({ ...body, stream: true });
   const headers = { "content-type": "application/json" };
   const response = await send("v1/chat/completions", key, { method: "POST", headers, body: payload, signal });
-  const result = { finish: null, neighbors: [], warnings: [] };
+  const result = { finish: null, neighbors: [], warnings: [], least: 1 };
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return result;
     const chunk = JSON.parse(data);
@@ -44,6 +44,7 @@ export async function streamAnswer(body, key, signal, onPiece) {
     if (chunk.error) throw new ServerError(`The answer broke off: ${said(chunk)}`);
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) onPiece(choice.delta.content);
+    for (const { logprob } of choice?.logprobs?.content ?? []) result.least = Math.min(result.least, Math.exp(logprob));
     result.finish = choice?.finish_reason ?? result.finish;
     result.neighbors = chunk.neighbors ?? result.neighbors;
     result.warnings = chunk.warnings ?? result.warnings;
