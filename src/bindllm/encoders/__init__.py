@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bindllm.encoders.efficientnet import EfficientNetLite
     from bindllm.encoders.huggingface import HuggingFace
     from bindllm.encoders.imagebind import ImageBind
+    from bindllm.encoders.padded import Padded
     from bindllm.encoders.pointbind import PointBind
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "HasTokens",
     "HuggingFace",
     "ImageBind",
+    "Padded",
     "PointBind",
     "encoder_for",
     "fingerprint",
@@ -53,6 +55,7 @@ _HOMES = {
     "EfficientNetLite": "bindllm.encoders.efficientnet",
     "HuggingFace": "bindllm.encoders.huggingface",
     "ImageBind": "bindllm.encoders.imagebind",
+    "Padded": "bindllm.encoders.padded",
     "PointBind": "bindllm.encoders.pointbind",
     "AudioTower": "bindllm.encoders.audio_tower",
 }

@@ -96,6 +96,7 @@ def common_size(encoders: Sequence[Encoder]) -> int:
     if len(set(sizes)) != 1:
         found = ", ".join(f"{type(encoder).__name__} {encoder.embedding_size}" for encoder in encoders)
         raise InputError(
-            f"the encoders must share one embedding size, got {found or 'no encoder'}; one bind network serves them all"
+            f"the encoders must share one embedding size, got {found or 'no encoder'}; one bind network serves them "
+            "all. To use several widths, give each a part of a wider vector: bindllm.encoders.Padded"
         )
     return sizes[0]
