@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import regex
 import torch
 
 import bindllm.reasoning.brain
@@ -44,12 +45,13 @@ def model(tmp_path_factory):
     return tiny_model(folder)
 
 
-@pytest.fixture(params=["text", "template", "text without llguidance", "template without llguidance"])
+@pytest.fixture(params=["text", "template", "template without llguidance"])
 def brain(model, request, monkeypatch):
     if request.param.startswith("template"):
         monkeypatch.setattr(model.tokenizer, "chat_template", TAGS)
     if "without" in request.param:
         monkeypatch.setattr("bindllm.reasoning.brain.find_spec", lambda name: None)
+        monkeypatch.setattr("bindllm.reasoning.flat._TRIED", 1)
     return LocalBrain(model)
 
 
@@ -162,7 +164,8 @@ def test_free_text_ends_where_the_mark_of_a_call_is_complete(form, good, bad, mo
             assert accepted == (text in good and (not required or starts)), (text, required)
 
 
-def test_without_llguidance_calls_of_flat_schemas_are_valid(model):
+def test_without_llguidance_calls_of_flat_schemas_are_valid(model, monkeypatch):
+    monkeypatch.setattr("bindllm.reasoning.flat._TRIED", 1)
     functions = [one.for_openai({"image1": IMAGE})["function"] for one in (look, calculate, optional)]
     pattern = calls_pattern(OWN_FORM, functions, required=False, most=2)
     ids = model.tokenizer("")["input_ids"]
@@ -192,6 +195,11 @@ def test_without_llguidance_calls_of_flat_schemas_are_valid(model):
             scores[0, token] = 1
             accepted = accepted and bool(masker(before, scores)[0, token] > -torch.inf)
         assert accepted == (text in good), text
+    # A form without a mark: a brace starts a call.
+    bare = CallForm("", "", "", ("name", "arguments"), ('{"name": "', '", "arguments": ', "}"), True)
+    pattern = regex.compile(calls_pattern(bare, functions, required=False, most=2), regex.DOTALL)
+    texts = ("Two {cats}", look_at % "image1", " {cats}", look_at % "image2")
+    assert [pattern.fullmatch(text) is not None for text in texts] == [True, True, False, False]
     nested = Tool("nested", "", {"type": "object", "properties": {"a": {"type": "object"}}}, print)
     with pytest.raises(InputError, match="the tool nested has a parameter.*install llguidance"):
         calls_pattern(OWN_FORM, [nested.for_openai({})["function"]], required=True, most=1)
