@@ -382,15 +382,8 @@ class BindLLM(nn.Module):
         # Several returned sequences of one prompt stay a list.
         return texts[0] if is_one(prompt) and len(texts) == 1 else texts
 
-    def log_probability(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        answer: str | Sequence[str],
-        media: Any = None,
-        **options: Any,
-    ) -> float | list[float]:
-        """Return the log-probability of an answer in nats; arguments as for `scores.log_probability`."""
-        return log_probability(self, prompt, answer, media, **options)
+    # Its first argument is the model.
+    log_probability = log_probability
 
     def decode(self, answers: Tensor) -> list[str]:
         """Return the texts of generated ids, [N, A], without control tokens and surrounding white space."""

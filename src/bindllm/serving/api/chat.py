@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import count
 from typing import Any
 
 from bindllm.model.generation.calls import Call
@@ -108,10 +109,8 @@ async def stream_chat(
 
     readers = [question.reader() for _ in range(question.choices)]
     # Clients take the role from the first chunk of each choice. Chunks that come at the same time are sent together.
-    held = [
-        event(number, {"role": "assistant", "content": "", "refusal": None})
-        for number in range(question.choices)
-    ]
+    opening = {"role": "assistant", "content": "", "refusal": None}
+    held = [event(number, opening) for number in range(question.choices)]
     try:
         if first is None:
             yield _joined(held)
@@ -125,17 +124,15 @@ async def stream_chat(
             if text or piece.logprobs:
                 held.append(event(number, {"content": text}, logprobs=_logprobs(question, piece.logprobs)))
             if calls:
-                deltas = [for_client(call, index) for index, call in enumerate(calls)]
-                held.append(event(number, {"tool_calls": deltas}))
+                held.append(event(number, {"tool_calls": [*map(for_client, calls, count())]}))
             # In a chunk of its own, as OpenAI sends it: clients read text and reason from different chunks.
             if piece.finish is not None:
-                finish = _finish(piece.finish, calls)
-                held.append(event(number, {}, finish_reason=finish, warnings=answers.warnings))
+                ended = {"finish_reason": _finish(piece.finish, calls), "warnings": answers.warnings}
+                held.append(event(number, {}, **ended))
             # The end of the answer is sent with what follows, unless neighbors have to be looked for.
             if held and (question.wants_neighbors or not answers.is_finished):
                 yield _joined(held)
-        extras = await _extras(neighbors)
-        if usage or extras:
+        if (extras := await _extras(neighbors)) or usage:
             numbers = {"usage": chat_usage(answers)} if usage else {}
             held.append(sse({**head, "choices": [], **numbers, **extras}))
     except Exception as error:
