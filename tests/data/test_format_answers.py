@@ -323,9 +323,9 @@ def test_an_empty_option_leaves_the_letters_of_the_others(read, options):
         # The text of option C, and the number of option B.
         ({"answer": "1"}, "the answer can be read as more than one of the choices"),
         ({"choices": ["B", "A"], "answer": "A"}, "the answer can be read as more than one of the choices"),
-        ({"choices": ["only"], "answer": 0}, "1 choices; expected 2 to 26"),
-        ({"choices": [f"{n}" for n in range(27)]}, "27 choices; expected 2 to 26"),
-        ({"choices": ["a", ""], "answer": 0}, "1 choices; expected 2 to 26 that are not empty"),
+        ({"choices": ["only"], "answer": 0}, "1 choices that are not empty; expected 2 to 26"),
+        ({"choices": [f"{n}" for n in range(27)]}, "27 choices that are not empty; expected 2 to 26"),
+        ({"choices": [None, "a"], "answer": 1}, "1 choices that are not empty; expected 2 to 26"),
         ({"choices": "a|b"}, "column 'choices' does not hold a list"),
         ({"choices": 7}, "column 'choices' does not hold a list"),
         ({"choices": {"text": ["a", "b"], "label": ["1"]}}, "1 labels for 2 choices"),

@@ -337,8 +337,9 @@ def options_of(fields: Fields) -> tuple[tuple[str, ...], list[str]]:
     # Empty cells at the end are no options; one in the middle keeps its letter, so that the others keep theirs.
     while options and not options[-1]:
         options.pop()
-    if len(list(filter(None, options))) < 2 or len(options) > len(ascii_uppercase):
-        raise RowError(f"{len(options)} choices; expected 2 to {len(ascii_uppercase)} that are not empty")
+    filled = len(list(filter(None, options)))
+    if filled < 2 or len(options) > len(ascii_uppercase):
+        raise RowError(f"{filled} choices that are not empty; expected 2 to {len(ascii_uppercase)}")
     if not isinstance(labels, list):
         return tuple(options), []
     labels = [as_text(label, column) for label in labels[: len(options)]]
