@@ -36,6 +36,12 @@ def test_answers_that_were_not_read_and_groups_are_stated(report):
     assert "| 20 (few) |" in report
 
 
+def test_tables_of_two_evaluations_are_apart(evaluation):
+    text = "\n".join(limits([evaluation, evaluation]))
+    assert text.count("\n\npope, by split:\n\n|") == 2
+    assert "\n\n\n" not in text
+
+
 def test_a_baseline_that_is_better_is_named(evaluation):
     facts = {
         **evaluation.facts,

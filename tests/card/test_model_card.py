@@ -58,11 +58,15 @@ def test_an_evaluation_becomes_a_result_for_leaderboards(folder, work):
     # 0.png to 2.png are training images, and 4.png has the content of one.
     assert "- pope: 3 of 4 media are training media too, by content." in text
     assert folder / ".eval_results" / "pope.yaml" in written.files
+    # A benchmark may be a table; its media are named from the folder of it.
+    file = pope / "evaluation.json"
+    file.write_text(file.read_text().replace("data/shapes", "data/shapes/captions.jsonl"))
     # A result that is no longer claimed is removed, and one of the owner stays.
     (folder / ".eval_results" / "own.yaml").write_text("[]\n")
     written = write_model_card(folder, [pope])
     assert [file.name for file in (folder / ".eval_results").iterdir()] == ["own.yaml"]
     assert any("pope: not in .eval_results" in warning for warning in written.warnings)
+    assert "- pope: 3 of 4 media are training media too" in (folder / "README.md").read_text()
 
 
 def test_an_evaluation_of_other_weights_is_refused(folder, work):

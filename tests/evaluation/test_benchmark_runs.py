@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_parts import captions, image, mme, pope, scienceqa
+from benchmark_parts import captions, image, mme, pope, questions, scienceqa
 from bindllm import BindLLM, Media, Message
 from bindllm.cli import main
 from bindllm.data.rows import tokenize
@@ -347,6 +347,13 @@ def test_the_page_has_scores_controls_and_questions_and_escapes_them(measure, fo
     assert "<b>red" not in page
     assert "data:image/webp;base64," in page
     assert "24 answers unparsed, wrong" in page
+
+
+def test_a_table_is_a_benchmark_and_its_page_has_the_images(measure, tmp_path):
+    done = measure("questions", root=questions(tmp_path / "questions") / "test.jsonl")
+    assert done.lines["model"][0]["media"] == ["images/red.png"]
+    assert done.home == tmp_path / "questions"
+    assert "data:image/webp;base64," in write_page(done).read_text()
 
 
 def test_a_random_option_only_if_it_is_asked_for_and_the_same_every_time(measure, tmp_path):

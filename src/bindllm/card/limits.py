@@ -52,7 +52,7 @@ def limits(evaluations: Sequence[Evaluation]) -> list[str]:
     lines = []
     for title, make in sections:
         if found := [line for one in evaluations for line in make(one)]:
-            lines += [f"### {title}", "", *found, ""]
+            lines += [f"### {title}", "", *found, *([""] if found[-1] else [])]
     return lines
 
 
@@ -172,9 +172,9 @@ def group_lines(one: Evaluation) -> list[str]:
             lines.append(f"| {cell(value)} | {number_text(number)} | {number['n']:,}{few} |")
         if rest := len(groups) - len(shown):
             lines.append(f"| {rest} smaller groups, see `evaluation.json` | | |")
+        # Without it, the words before the next table would be a row of this one.
         lines.append("")
-    # The caller separates sections.
-    return lines[:-1]
+    return lines
 
 
 def _by_length(lines: Sequence[Line]) -> dict[str, Number]:

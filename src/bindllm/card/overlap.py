@@ -57,7 +57,7 @@ class Overlap:
 
     def of(self, evaluation: Evaluation) -> tuple[int, int] | None:
         """Return the same numbers for the media of an evaluation; None: none of them is a file that is still there."""
-        root = Path(evaluation.facts["data"])
+        root = evaluation.home
         names = dict.fromkeys(name for line in evaluation.lines[MODEL] for name in line["media"])
         found = set(self._hashed(Media.image(root / name) for name in names))
         return (len(found & self._splits[TRAIN]), len(found)) if found else None

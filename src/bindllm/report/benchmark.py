@@ -44,7 +44,7 @@ def write_page(evaluation: Evaluation) -> Path:
                 (label, ["value", "questions", *scores[MODEL]], list(_group_rows(values)))
                 for label, values in facts["groups"].items()
             ],
-            cards=[_card(line, answers, Path(facts["data"])) for line in shown_rows(lines)],
+            cards=[_card(line, answers, evaluation.home) for line in shown_rows(lines)],
             total=len(lines),
             run=[(name.replace("_", " "), str(value)) for name, value in facts["settings"].items()],
             skipped=[(reason, f"{count:,}") for reason, count in facts["skipped"].items()],

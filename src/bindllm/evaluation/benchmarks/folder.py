@@ -47,9 +47,19 @@ class Evaluation:
         """Name of the benchmark."""
         return self.facts["benchmark"]
 
+    @property
+    def home(self) -> Path:
+        """The folder that the media of the lines are named from."""
+        return home_of(Path(self.facts["data"]))
+
     def __getitem__(self, name: str) -> float:
         """Return a number of the model."""
         return self.facts["scores"]["model"][name]["value"]
+
+
+def home_of(data: Path) -> Path:
+    """Return the folder of the files of a benchmark, which may be given as a single table."""
+    return data if data.is_dir() else data.parent
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:

@@ -35,7 +35,7 @@ from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
 from bindllm.evaluation.benchmarks.captions import TOKENIZERS, check_java, score_as_published
-from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder
+from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder, home_of
 from bindllm.evaluation.benchmarks.metrics import Line
 from bindllm.evaluation.benchmarks.parsers import letter
 from bindllm.evaluation.layouts.dataset import NO_FILE
@@ -211,7 +211,8 @@ def _start(folder: EvaluationFolder, facts: Mapping[str, Any], stack: ExitStack)
 
 def _choices(model: BindLLM, settings: Settings) -> dict[str, Any]:
     """Return the choices of a caller that change the answers, and that the fingerprint of the model does not cover."""
-    found: dict[str, Any] = {"tokens": model.bind.num_tokens}
+    tokens = model.bind.num_tokens
+    found: dict[str, Any] = {"tokens": "all" if tokens == sys.maxsize else tokens}
     # Of samples, only the answer that the parser's votes have chosen is kept: another parser cannot read it again.
     found["voted_by"] = settings.parser if settings.samples else None
     if model.context is not None:
@@ -409,7 +410,7 @@ class _Run:
             scored = self._score(item, parsed)
         stats = {key: value for key, value in scored.items() if key != "score"}
         return {
-            **line_of(item, self.root),
+            **line_of(item, home_of(self.root)),
             "variant": variant,
             "prompt_sha256": self._prompts[n],
             "parser": name,
