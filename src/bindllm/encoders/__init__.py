@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bindllm.encoders.imagebind import ImageBind
     from bindllm.encoders.padded import Padded
     from bindllm.encoders.pointbind import PointBind
+    from bindllm.encoders.sentence_transformers import SentenceTransformers
 
 __all__ = [
     "Aligned",
@@ -44,6 +45,7 @@ __all__ = [
     "ImageBind",
     "Padded",
     "PointBind",
+    "SentenceTransformers",
     "encoder_for",
     "fingerprint",
     "skipped_encoders",
@@ -57,6 +59,7 @@ _HOMES = {
     "ImageBind": "bindllm.encoders.imagebind",
     "Padded": "bindllm.encoders.padded",
     "PointBind": "bindllm.encoders.pointbind",
+    "SentenceTransformers": "bindllm.encoders.sentence_transformers",
     "AudioTower": "bindllm.encoders.audio_tower",
 }
 

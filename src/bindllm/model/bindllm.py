@@ -82,10 +82,8 @@ class BindLLM(nn.Module):
         datastore: the default datastore of all calls, or None.
 
     Example:
-        ```python
         model = BindLLM.from_pretrained("checkpoints/scenes")
         model.generate("Describe this image.", media=[Media.image("cat.png")])
-        ```
     """
 
     def __init__(
@@ -473,7 +471,6 @@ class BindLLM(nn.Module):
                 checkpoint names, False: no cache. `save_pretrained` keeps the entry of the checkpoint.
             quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
             tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
-                ``model.bind.num_tokens`` changes it later.
             datastore: of a model with context, or its folder; None: that of the checkpoint, False: none.
             records: number of them for each media, as ``model.context.num_records``; None: as many as in training.
 
