@@ -9,7 +9,7 @@ bindllm := $(VENV)/bin/bindllm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint format docs bench report clean clean-all
+.PHONY: help train test test-slow test-families lint format docs bench report clean clean-all
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests
 
 test-slow: $(VENV)/.has-test checkpoints/scenes/bindllm.json ## run the slow tests; trains the scenes first if needed
 	@$(python) -m pytest -m slow $(ARGS)
+
+test-families: $(VENV)/.has-test ## try each injection in every decoder family of transformers; writes the table of docs/decoders.md
+	@PYTHONPATH=tests $(python) tests/families.py $(ARGS)
 
 lint: $(VENV)/.has-test ## check style and spelling
 	@$(python) -m ruff check .

@@ -70,13 +70,16 @@ def test_all_problems_are_named_at_once(parts, capsys):
 
 
 @pytest.mark.parametrize(
-    ("family", "words"),
-    [("gptj", "has no `layers` list"), ("stablelm", "does not pass keywords to its attention")],
+    ("family", "changes", "words"),
+    [
+        ("xlm", {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "n_words": 259}, "no list of layers"),
+        ("mamba2", {"num_heads": 8, "n_groups": 1}, "needs an attention with query"),
+    ],
 )
 def test_a_decoder_that_cannot_be_injected_is_found_without_its_weights(
-    parts, tmp_path, capsys, family, words
+    parts, tmp_path, capsys, family, changes, words
 ):
-    folder = save_tiny_decoder(tmp_path / family, family)
+    folder = save_tiny_decoder(tmp_path / family, family, **changes)
     recipe = tiny_recipe(parts)
     assert run("check", recipe, "--model.decoder.name", str(folder), "--model.inject.kind", "value") == 1
     told = capsys.readouterr().out

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from bindllm import BindLLM
 from bindllm.errors import CheckpointError, DecoderError, InputError, MissingExtraError
-from bindllm.model.adapter import _LISTENERS, TARGETS, Adapter, AdapterConfig
+from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
 from bindllm.model.injection import InjectConfig, Injection
+from bindllm.model.injection.attend import RUNNING
 from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model
 
 KINDS = {
@@ -129,7 +130,7 @@ def test_media_only_leaves_text_to_the_base_model(family):
     listening = decoder(IDS, bind=bind, media_index=torch.zeros_like(IDS)).logits
     torch.testing.assert_close(listening, every(IDS).logits)
     # Nothing of the last forward is left, neither for the next one nor in memory.
-    assert _LISTENERS.get() is None
+    assert RUNNING.get() is None
     assert torch.equal(decoder(IDS).logits, base)
 
 

@@ -17,20 +17,17 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bindllm.errors import DecoderError, InputError, needs_extra
 from bindllm.model.checkpoint import ADAPTER_PREFIX
 from bindllm.model.decoder import without_weights
+from bindllm.model.injection.attend import RUNNING
 from bindllm.model.layers import check_layers, choose_layers, find_layers
 from bindllm.model.quantize import quiet_bitsandbytes
 
@@ -44,8 +41,6 @@ _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # peft's names of the trained parts of its layers.
 _TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
-# Which tokens of the running layer the adapter of `media_only` serves, [B, T, 1]; None: none.
-_LISTENERS: ContextVar[Tensor | None] = ContextVar("bindllm_listeners", default=None)
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -142,12 +137,6 @@ class Adapter:
             # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
             warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
             inject_adapter_in_model(self._peft_config, decoder, adapter_name=_ADAPTER_NAME)
-        if config.media_only:
-            # Before the hooks of the injection, which take the keyword out.
-            for _, layer in find_layers(decoder.get_decoder(), type(decoder).__name__):
-                layer.register_forward_pre_hook(_note_listeners, with_kwargs=True)
-            # After the last norm, which is outside of the layers. Nothing outlives a forward, also one that failed.
-            decoder.get_decoder().register_forward_hook(_forget_listeners, always_call=True)
         # peft's new layers start in training mode; a frozen decoder is always in eval mode.
         decoder.eval()
         for module in decoder.modules():
@@ -186,36 +175,6 @@ def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.to(args[0].dtype)
 
 
-def _note_listeners(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a layer runs: note which of its tokens listen to media."""
-    context = kwargs.get("bind")
-    _LISTENERS.set(None if context is None else context.route.any(-1, keepdim=True))
-
-
-def _forget_listeners(core: nn.Module, args: tuple, output: Any) -> None:
-    """After the decoder has run."""
-    _LISTENERS.set(None)
-
-
-def checkpointed(forward: Callable) -> Callable:
-    """Return the forward of a layer with activation checkpointing."""
-
-    def run(listeners: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        # Run again in the backward pass, without the hook on the layer: the tokens are those of its first run.
-        token = _LISTENERS.set(listeners)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            _LISTENERS.reset(token)
-
-    @wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(run, _LISTENERS.get(), *args, **options, **kwargs)
-
-    return call
-
-
 def _for_listeners(projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """The low-rank term of a projection, for tokens that listen to media."""
     return torch.where(_listening(output), output, 0)
@@ -228,9 +187,10 @@ def _as_base(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 def _listening(output: Tensor) -> Tensor:
     """Return which tokens of an output [B, T, ...] or [B * T, ...] listen to media, with as many axes."""
-    listeners = _LISTENERS.get()
-    if listeners is None:
+    running = RUNNING.get()
+    if running is None:
         return torch.zeros((), dtype=torch.bool, device=output.device)
+    listeners = running.route.any(-1, keepdim=True)
     shape = listeners.shape[:2] if output.shape[:2] == listeners.shape[:2] else (-1,)
     return listeners.to(output.device).reshape(*shape, *[1] * (output.dim() - len(shape)))
 
@@ -309,7 +269,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
     # to the language model has them too, or other layers; then only whole paths keep the adapter out of them.
     core = set(decoder.get_decoder().modules())
     if config.layers is not None:
-        every = find_layers(decoder.get_decoder(), type(decoder).__name__)
+        every = find_layers(decoder)
         tuned = choose_layers(every, config.layers, type(decoder).__name__, "adapter.layers")
         core -= {part for number, layer in every if number not in dict(tuned) for part in layer.modules()}
     inside = {path: module for path, module in decoder.named_modules() if module in core}

@@ -27,7 +27,7 @@ from bindllm.encoders.fusion import common_size
 from bindllm.encoders.tokens import token_size
 from bindllm.errors import InputError
 from bindllm.media import Media, check_media
-from bindllm.model.adapter import Adapter, AdapterConfig, checkpointed
+from bindllm.model.adapter import Adapter, AdapterConfig
 from bindllm.model.bind_network import BindConfig, BindNetwork
 from bindllm.model.checkpoint import check_keys, describe_model, push_model, save_model
 from bindllm.model.context import ContextConfig, build_context
@@ -59,6 +59,9 @@ from bindllm.model.generation.scores import log_probability, replace_unsure
 from bindllm.model.generation.shared import Prompts, generate_ids
 from bindllm.model.groups import parameter_groups, set_trainable
 from bindllm.model.injection import InjectConfig, Injection, check_kind
+from bindllm.model.injection.attend import checkpointed
+from bindllm.model.injection.probe import probe
+from bindllm.model.layers import find_layers
 from bindllm.model.pretrained import load_model
 
 
@@ -124,11 +127,11 @@ class BindLLM(nn.Module):
         self.decoder = decoder
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
-        # A model without weights is tried by `check` only: loading a checkpoint tries the real one.
+        # `check` probes a model without weights itself, since loading a checkpoint builds one too.
         if decoder.device.type != "meta":
             for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
                 logging.getLogger("bindllm").warning(warning)
-            self.injection.try_out(decoder)
+            probe(decoder, self.injection)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:
@@ -489,5 +492,5 @@ class BindLLM(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
         # Not the switch of transformers: it needs layers in training mode, where some families have dropout.
-        for layer in self.decoder.get_decoder().layers:
+        for _, layer in find_layers(self.decoder):
             layer.forward = checkpointed(layer.forward)

@@ -14,7 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -267,7 +270,7 @@ def _load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """Load a decoder from safetensors, and refuse one that lacks weights: transformers would fill them at random."""
     config = read_config(folder)
     with hub.loading(folder, part=f"{_LANGUAGE_MODEL} in safetensors", failure=DecoderError):
-        decoder, report = AutoModelForCausalLM.from_pretrained(
+        decoder, report = model_class(config).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
@@ -303,6 +306,15 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         return hub.read_config(folder)
 
 
+def model_class(config: PretrainedConfig) -> type:
+    """Return the class that loads a decoder: a language model, or one that is a part of a model for images."""
+    is_inside = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if is_inside else AutoModelForCausalLM
+
+
 def without_weights(
     folder: str | Path, config: PretrainedConfig | None = None, **options: Any
 ) -> PreTrainedModel:
@@ -319,7 +331,7 @@ def without_weights(
     config = config or read_config(folder)
     # On the meta device a tensor has a shape and no memory.
     with hub.loading(folder, part=_LANGUAGE_MODEL, failure=DecoderError), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return model_class(config).from_config(config, trust_remote_code=False, **options)
 
 
 def fingerprint_decoder(folder: str | Path) -> str:

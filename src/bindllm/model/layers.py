@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from bindllm.errors import DecoderError, InputError
+from bindllm.errors import DecoderError, InputError, listed
 
 Layers = int | list[int] | None
 """A number of layers, counted from the last; a list of indices from 0; or None for all."""
+
+
+USUAL = "a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+
+# Names of the list of layers: of most families; GPT-2, BLOOM, Falcon; MPT, DBRX; BERT.
+_LISTS = ("layers", "h", "blocks", "layer")
 
 
 def check_layers(layers: Layers, setting: str) -> None:
@@ -26,23 +33,21 @@ def check_layers(layers: Layers, setting: str) -> None:
         )
 
 
-def find_layers(core: nn.Module, name: str) -> list[tuple[int, nn.Module]]:
+def find_layers(decoder: PreTrainedModel) -> list[tuple[int, nn.Module]]:
     """Return the layers of a decoder with their indices.
-
-    Args:
-        core: ``get_decoder()`` of a causal language model.
-        name: of the decoder, for the message.
 
     Raises:
         DecoderError: it has no list of layers.
     """
-    children = dict(core.named_children())
-    if not isinstance(children.get("layers"), nn.ModuleList):
-        raise DecoderError(
-            f"{name} has no `layers` list in its decoder, so nothing can be injected; it has: {', '.join(children)}. "
-            "Decoders of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have it."
-        )
-    return list(enumerate(children["layers"]))
+    core = decoder.get_decoder()
+    # transformers takes the vocabulary projection of ModernBERT for the decoder.
+    for path, module in (*core.named_modules(), *decoder.named_modules()):
+        if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] in _LISTS:
+            return list(enumerate(module))
+    raise DecoderError(
+        f"{type(decoder).__name__} has no list of layers ({', '.join(_LISTS)}) in its decoder, so nothing can be "
+        f"injected; it has: {', '.join(dict(core.named_children()))}. Use {USUAL}"
+    )
 
 
 def choose_layers(
@@ -55,9 +60,12 @@ def choose_layers(
     """
     if layers is None:
         return every
-    numbers = sorted(layers) if isinstance(layers, list) else range(len(every) - layers, len(every))
-    if numbers[0] < 0 or numbers[-1] >= len(every):
+    # Kinds that add to heads have no use for a layer without attention.
+    known = dict(every)
+    numbers = sorted(layers) if isinstance(layers, list) else list(known)[-layers:]
+    if len(numbers) < (layers if isinstance(layers, int) else 0) or not set(numbers) <= set(known):
+        listing = "" if [*known] == [*range(len(known))] else f" with attention: {listed([*map(str, known)])}"
         raise DecoderError(
-            f"{setting} is {layers}, but {name} has {len(every)} layers: is it the right decoder?"
+            f"{setting} is {layers}, but {name} has {len(known)} layers{listing}: is it the right decoder?"
         )
-    return [every[number] for number in numbers]
+    return [(number, known[number]) for number in numbers]

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from bindllm.errors import DecoderError, InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, without_weights
+from bindllm.model.layers import find_layers
 
 # Bytes of a weight. nf4: half a byte, a scale of one byte for 64 weights, and one of four for 256 of those.
 _QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -84,7 +85,8 @@ def quantized_layers(decoder: PreTrainedModel) -> list[nn.Linear]:
     """Return the projections that quantization applies to: those inside the layers, without peft's own."""
     return [
         module
-        for path, module in decoder.get_decoder().layers.named_modules()
+        for _, layer in find_layers(decoder)
+        for path, module in layer.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in path
     ]
 

@@ -28,6 +28,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, default_device
 from bindllm.model.injection import InjectConfig
+from bindllm.model.layers import find_layers
 from bindllm.model.memory import meta_decoder, quantized_layers, read_size, trace_step, weight_bytes
 from bindllm.objectives import KTO, ORPO, NextToken, Objective
 
@@ -216,8 +217,7 @@ class RunPlan:
         if strategy == "sharded":
             # The layers are divided; the one that runs and the next one are gathered.
             layers = [
-                sum(frozen.get(p, 0) for p in layer.parameters())
-                for layer in model.decoder.get_decoder().layers
+                sum(frozen.get(p, 0) for p in layer.parameters()) for _, layer in find_layers(model.decoder)
             ]
             rest = fixed["decoder"] - frozen[model.decoder.get_output_embeddings().weight]
             fixed["decoder"] -= rest - rest // share

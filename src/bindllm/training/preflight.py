@@ -46,6 +46,7 @@ from bindllm.model.decoder import (
     load_tokenizer,
 )
 from bindllm.model.injection import InjectConfig
+from bindllm.model.injection.probe import probe
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
 from bindllm.testing import check_encoder, synthetic_media
 from bindllm.training.memory import MEASURED_ROWS
@@ -189,7 +190,7 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
         model.check_trainable_state(tensors, source=folder)
         if parts["context"] is not None:
             open_datastore(None, parts["encoders"], own=Path(folder, DATASTORE))
-        model.injection.try_out(model.decoder)
+        probe(model.decoder, model.injection)
     problems[known:] = dict.fromkeys(problems[known:])
 
 
@@ -341,7 +342,7 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
     joined = {name: parts.get(name) for name in ("bind", "inject", "adapter", "context")}
     # On the meta device: seconds, also for a decoder of many gigabytes.
     model = BindLLM.build_empty(parts["decoder"], tokenizer, encoders=checked.encoders, **joined)
-    model.injection.try_out(model.decoder)
+    probe(model.decoder, model.injection)
     check_vocabulary(tokenizer, model.decoder.get_input_embeddings().num_embeddings)
     model.set_trainable(trainable)
     if model.adapter is not None:

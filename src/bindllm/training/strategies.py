@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from bindllm.errors import InputError
+from bindllm.model.layers import find_layers
 
 SHARDED = "bindllm.training.strategies.ShardedDecoder"
 _WHOLE_STAGES = (0, 1, 2)
@@ -122,7 +123,7 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable
     core = decoder.get_decoder()
     kept = {*whole, *decoder.get_output_embeddings().parameters()}
     # The root comes last: fully_shard leaves out what its children have taken.
-    for layer in core.layers:
+    for _, layer in find_layers(decoder):
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(core, mesh=mesh, ignored_params=kept)
     # Makes Hugging Face generate in step on all processes, even if their answers differ in length.

@@ -17,8 +17,9 @@ Four kinds:
 - ``cross``, gated cross-attention at the output of a layer, with queries and keys of its own, that adds the bind tokens
   themselves to the residual stream (`bindllm.model.injection.cross`), for one or several bind tokens.
 
-The bind tensor travels as a keyword of the decoder's forward, so nothing outlives the call: several forwards
-before one backward and activation checkpointing see the tensors of their own call.
+The bind tensor is a keyword of the decoder's forward, and nothing outlives the call: several forwards before one
+backward and activation checkpointing see the tensors of their own call. Inside, hooks find it in a context variable, so
+a family does not need to pass keywords on to its layers.
 """
 
 from __future__ import annotations
@@ -35,19 +36,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bindllm.errors import BindLLMError, DecoderError, InputError, check_choice
-from bindllm.model.injection.attend import (
-    PROJECTIONS,
-    BindAttention,
-    BindContext,
-    GenerationState,
-    find_attention,
-    plain_projection,
-)
+from bindllm.errors import DecoderError, InputError, check_choice
+from bindllm.model.injection.attend import RUNNING, BindAttention, BindContext, GenerationState
 from bindllm.model.injection.cross import HEADS, CrossReader
-from bindllm.model.layers import check_layers, choose_layers, find_layers
+from bindllm.model.injection.projections import Heads, find_heads
+from bindllm.model.layers import USUAL, check_layers, choose_layers, find_layers
 
-KINDS = tuple(PROJECTIONS)
+KINDS = ("residual", "value", "attend", "cross")
+HEAD_KINDS = ("value", "attend")
+"""Kinds that add to the heads of an attention."""
+
 TOKEN_KINDS = ("attend", "cross")
 """Kinds that read several bind tokens of a media group."""
 
@@ -91,13 +89,12 @@ def check_kind(config: InjectConfig, num_tokens: int | str) -> None:
         )
 
 
-# The two channels that are not keywords: the state of a running `generate`, and the terms (of bind vectors, of context
-# tokens) on their way from the entry of an attention to its output projection, or of a layer to its output; None until
-# the query projection has run.
-# Both are empty outside a call; context variables keep concurrent threads apart.
+# The state of a running `generate`; and the terms (of bind vectors, of context tokens) that a query projection leaves
+# for the output projection of its attention, with the forward that they belong to. Context variables keep concurrent
+# threads apart.
 _GENERATION: ContextVar[GenerationState | None] = ContextVar("bindllm_generation", default=None)
-_TERM: ContextVar[tuple[BindContext, Tensor | None, Tensor | None] | None] = ContextVar(
-    "bindllm_term", default=None
+_TERMS: ContextVar[tuple[BindContext, Tensor | None, Tensor | None] | None] = ContextVar(
+    "bindllm_terms", default=None
 )
 
 
@@ -138,22 +135,19 @@ class Injection(nn.Module):
         if has_context:
             _check_reads_context(config)
         self.kind = config.kind
-        core = decoder.get_decoder()
         hooks = decoder._forward_pre_hooks.values()
         if any(isinstance(hook, MethodType) and isinstance(hook.__self__, Injection) for hook in hooks):
             # The older injection would take the keywords, and the newer one would add nothing.
             raise DecoderError(
                 "this decoder object carries an injection already; load the decoder again for another"
             )
-        # How to read this: select the layers, create gates and queries for them, then hook. Hooks run in this order
-        # in a forward: `_carry` once, then one pair per layer.
-        name = type(decoder).__name__
-        every = find_layers(core, name)
-        layers = choose_layers(every, config.layers, name, "inject.layers")
-        config_of_text = decoder.config.get_text_config()
-        width, num_heads = config_of_text.hidden_size, config_of_text.num_attention_heads
-        heads = {"residual": (), "cross": (HEADS,)}.get(self.kind, (num_heads,))
-        shape = (len(layers), *heads)
+        # How to read this: select the layers, create gates and queries for them, then hook.
+        layers, heads = _choose(decoder, config, attends=has_context)
+        width = decoder.config.get_text_config().hidden_size
+        own = {"residual": (), "cross": (HEADS,)}.get(
+            self.kind, (max((h.num_heads for h in heads), default=0),)
+        )
+        shape = (len(layers), *own)
         # Zero gates: the untrained model is exactly the plain decoder (tanh(0) = 0).
         self.gates = nn.Parameter(torch.zeros(shape))
         # Small and random, so that layers can specialize from the first step.
@@ -164,31 +158,20 @@ class Injection(nn.Module):
         self.context_reader = None
         if has_context and self.reader:
             self.context_reader = CrossReader(len(layers), width, context_width)
-        if self.kind == "residual":
-            for index, (_, layer) in enumerate(layers):
+        for index, layer in enumerate(layers):
+            if self.kind == "residual":
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)
-        elif self.kind == "cross":
-            for index, (_, layer) in enumerate(layers):
-                layer.register_forward_pre_hook(_keep_for_output, with_kwargs=True)
+            elif self.kind == "cross":
                 layer.register_forward_hook(partial(self._add_to_output, index))
-        else:
-            # All layers are checked before the first hook, so that a refused decoder stays unchanged.
-            attends = self.kind == "attend" or has_context
-            options = {"num_heads": num_heads, "kind": "attend" if attends else self.kind}
-            attentions = [find_attention(layer, n, name, **options) for n, layer in layers]
-            for index, attention in enumerate(attentions):
-                attention.register_forward_pre_hook(partial(self._enter_attention, index), with_kwargs=True)
-                if attends:
-                    own = BindAttention(attention, num_heads)
-                    attention.q_proj.register_forward_hook(partial(self._attend, index, own))
-                attention.o_proj.register_forward_pre_hook(self._add_to_heads)
-        # Layers that are not served receive the keyword too, and must drop it.
-        for number, layer in every:
-            if number not in dict(layers):
-                layer.register_forward_pre_hook(_leave_out, with_kwargs=True)
-        # On the outer model: some families drop keywords on the way to their core already.
+        self._heads = heads
+        for index, own in enumerate(heads):
+            if self.kind == "attend" or has_context:
+                own.query.register_forward_hook(partial(self._attend, index))
+            own.output.register_forward_pre_hook(partial(self._add_to_heads, index))
+        # On the outer model, which gets the keywords, and around all of its layers.
         decoder.register_forward_pre_hook(self._carry, with_kwargs=True)
-        decoder.register_forward_hook(self._check_arrival, with_kwargs=True)
+        decoder.register_forward_hook(self._check_arrival)
+        decoder.register_forward_hook(_end, always_call=True)
 
     def words(self, decoder: PreTrainedModel) -> Tensor:
         """Return the word embeddings of the decoder, [V, D], that make a bind or context token name its word."""
@@ -196,38 +179,6 @@ class Injection(nn.Module):
         # word of the input.
         is_output = self.kind == "cross"
         return (decoder.get_output_embeddings() if is_output else decoder.get_input_embeddings()).weight
-
-    @torch.no_grad()
-    def try_out(self, decoder: PreTrainedModel) -> None:
-        """Run the decoder with this injection on a few tokens, before anything is trained.
-
-        Raises:
-            DecoderError: the injection does not work in this family of decoders.
-        """
-        # Seven tokens: a family with several residual streams would take a term for as many tokens as it has streams.
-        index = torch.zeros(1, 7, dtype=torch.int64, device=decoder.device)
-        # Two bind tokens: one would not need its queries and keys.
-        sizes = (1, 1, 2) if self.kind in TOKEN_KINDS else (1, 1)
-        width = decoder.config.get_text_config().hidden_size
-        inputs = {"bind": torch.zeros(*sizes, width, device=decoder.device), "media_index": index}
-        if self.context_gates is not None:
-            inputs["context"] = torch.zeros(1, 1, 2, self.context_width, device=decoder.device)
-        # On the meta device transformers cannot compute a mask; families without attention do not take a whole one.
-        is_meta = decoder.device.type == "meta"
-        masks = (torch.ones(1, 1, 7, 7, dtype=torch.bool, device="meta"), None) if is_meta else (None,)
-        for mask in masks:
-            try:
-                decoder(input_ids=index, attention_mask=mask, use_cache=False, **inputs)
-                return
-            except (BindLLMError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                # A forward that depends on values fails without weights; the loaded decoder is tried again.
-                if not is_meta:
-                    raise DecoderError(
-                        f"{type(decoder).__name__} cannot run with an injection ({type(error).__name__}: {error}); use "
-                        "a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
-                    ) from error
 
     @contextmanager
     def holding(self, bind: Tensor, media_index: Tensor, context: Tensor | None = None) -> Iterator[None]:
@@ -272,43 +223,39 @@ class Injection(nn.Module):
         # Ids or embeddings: only their first two sizes are needed.
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        running = None
         if bind is not None:
             self._check(bind, media_index, tokens)
             self._check_context(bind, retrieved)
-            kwargs["bind"] = self.context_of(bind, media_index)
+            running = self.context_of(bind, media_index)
             if retrieved is not None:
-                kwargs["bind"].retrieved = BindContext.of_retrieved(retrieved, media_index)
-            return args, kwargs
-        state = _GENERATION.get()
-        if state is not None and state.injection is self:
-            # Steps after the first bring only new tokens; the cache's length gives their positions.
-            cache = kwargs.get("past_key_values")
-            past = 0 if cache is None else int(cache.get_seq_length())
-            kwargs["bind"] = state.context(tokens.shape[0], past, tokens.shape[1])
+                running.retrieved = BindContext.of_retrieved(retrieved, media_index)
+        elif (state := _GENERATION.get()) is not None and state.injection is self:
+            running = state.context(tokens.shape[0], _count_past(kwargs), tokens.shape[1])
+        RUNNING.set(running)
         return args, kwargs
 
-    def _check_arrival(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Refuse a decoder that drops the keyword on the way: it would ignore all media without a word."""
-        context = kwargs.get("bind")
-        if context is None or (reached := context.arrivals.count) >= len(self.gates):
+    def _check_arrival(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        """Refuse a decoder that runs a served layer in another way: it would ignore media without a word."""
+        running = RUNNING.get()
+        if running is None or running.arrivals >= len(self.gates):
             return
-        inside, served = bool(PROJECTIONS[self.kind]), len(self.gates)
-        way = "its attention" if inside else "its layers"
-        advice = "Try inject: {kind: residual}, or use" if inside else "Use"
+        inside = self.kind in HEAD_KINDS
         raise DecoderError(
-            f"{type(decoder).__name__} does not pass keywords to {way}: the media reached {reached} of {served} "
-            f"layers. {advice} a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...)"
+            f"{type(decoder).__name__} does not run {'its projections' if inside else 'its layers'} as modules: the "
+            f"media reached {running.arrivals} of {len(self.gates)} layers. "
+            f"{'Try inject: {kind: residual}, or use' if inside else 'Use'} {USUAL}"
         )
 
     def _add_to_input(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict]:
+    ) -> tuple[tuple, dict] | None:
         """Kind ``residual``: before a layer runs."""
-        context = kwargs.pop("bind", None)
-        if context is None:
-            return args, kwargs
+        running = RUNNING.get()
+        if running is None:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = context.add(hidden, self._term(index, layer, context, hidden.dtype))
+        hidden = running.add(hidden, self._term(index, running, hidden.dtype))
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def context_of(
@@ -319,11 +266,10 @@ class Injection(nn.Module):
 
     def _add_to_output(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         """Kind ``cross``: after a layer has run."""
-        waiting = _TERM.get()
-        if waiting is None:
+        context = RUNNING.get()
+        if context is None:
             return None
-        _TERM.set(None)
-        context, hidden = waiting[0], output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
         term = self._read(index, hidden, context, self.reader, self.gates)
         if context.retrieved is not None:
             term = term + self._read(
@@ -346,66 +292,47 @@ class Injection(nn.Module):
         # Closed for tokens without a group.
         return reader(index, hidden, *found, gates[index], masked) * context.route.any(-1, keepdim=True)
 
-    def _enter_attention(
-        self, index: int, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple:
-        """Inside attention: take the keyword out before attention sees it, leave the term for the output projection."""
-        context = kwargs.pop("bind", None)
+    def _attend(self, index: int, projection: nn.Module, args: tuple, features: Tensor) -> None:
+        """Several bind tokens, or context tokens: after the query projection [B, T, C], compute the terms."""
+        context = RUNNING.get()
         if context is None:
-            _TERM.set(None)
-        elif not context.has_tokens:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            _TERM.set((context, self._term(index, attention, context, hidden.dtype), None))
-        else:
-            # The term needs the queries: the hook of `q_proj` computes it.
-            _TERM.set((context, None, None))
-        return args, kwargs
-
-    def _attend(
-        self, index: int, heads: BindAttention, projection: nn.Module, args: tuple, query: Tensor
-    ) -> None:
-        """Several bind tokens, or context tokens: after the query projection [B, T, H * d], compute the terms."""
-        waiting = _TERM.get()
-        if waiting is None:
             return
-        context, term, further = waiting
-        if term is None:
-            term = self._attended(index, heads, context, self._vector(index, context), self.gates, query)
-        if further is None and context.retrieved is not None:
-            own = context.retrieved
-            further = self._attended(index, heads, own, own.bind, self.context_gates, query)
-        _TERM.set((context, term, further))
+        term = further = None
+        if context.has_tokens:
+            term = self._attended(index, context, self._vector(index, context), self.gates, features)
+        if (own := context.retrieved) is not None:
+            further = self._attended(index, own, own.bind, self.context_gates, features)
+        _TERMS.set((context, term, further))
 
     def _attended(
-        self,
-        index: int,
-        heads: BindAttention,
-        context: BindContext,
-        tokens: Tensor,
-        gates: Tensor,
-        query: Tensor,
+        self, index: int, context: BindContext, tokens: Tensor, gates: Tensor, features: Tensor
     ) -> Tensor:
         """Return the gated term of layer ``index`` for tokens [B, M, N, D], of each text token: [B, T, H * d]."""
+        attention = BindAttention(self._heads[index])
         found = None if context.terms is None else context.terms.get(index)
         if found is None:
-            found = heads.keys_and_values(tokens.to(query.dtype))
+            found = attention.keys_and_values(tokens.to(features.dtype))
             # During a generation keys and values stay the same, so they are computed once.
             if context.terms is not None:
                 context.terms[index] = found
+        attended = attention(features, *found, context.masked)
         # [B, T, H, 1]: closed for tokens without a group.
-        gate = (torch.tanh(gates[index]) * context.route.any(-1, keepdim=True)).unsqueeze(-1)
-        return (heads(query, *found, context.masked) * gate.to(query.dtype)).flatten(2)
+        gate = torch.tanh(gates[index, : attended.shape[2]]) * context.route.any(-1, keepdim=True)
+        return (attended * gate.unsqueeze(-1).to(attended.dtype)).flatten(2)
 
-    def _add_to_heads(self, projection: nn.Module, args: tuple) -> tuple | None:
+    def _add_to_heads(self, index: int, projection: nn.Module, args: tuple) -> tuple | None:
         """Inside attention: before the output projection."""
-        waiting = _TERM.get()
-        # Without a term the query projection was not called; `_check_arrival` refuses such a decoder.
-        if waiting is None or waiting[1] is None:
+        context, waiting = RUNNING.get(), _TERMS.get()
+        if context is None:
             return None
-        context, term, further = waiting
-        if (context.retrieved is None) != (further is None):
+        _TERMS.set(None)
+        # Of another forward, which has failed: these terms are not for this one.
+        _, term, further = waiting if waiting is not None and waiting[0] is context else (None, None, None)
+        if term is None and not context.has_tokens:
+            term = self._term(index, context, args[0].dtype)
+        # Without its terms the query projection was not called; `_check_arrival` refuses such a decoder.
+        if term is None or (context.retrieved is None) != (further is None):
             return None
-        _TERM.set(None)
         hidden = context.add(args[0], term)
         return (hidden if further is None else hidden + further.to(hidden.dtype), *args[1:])
 
@@ -413,7 +340,7 @@ class Injection(nn.Module):
         """Return ``bind + query[l]``, see the formulas in the module docstring."""
         return context.bind if self.queries is None else context.bind + self.queries[index]
 
-    def _term(self, index: int, module: nn.Module, context: BindContext, dtype: torch.dtype) -> Tensor:
+    def _term(self, index: int, context: BindContext, dtype: torch.dtype) -> Tensor:
         """Return the gated term of layer ``index`` for each media group: [B, M, D] or [B, M, H * d]."""
         if context.terms is not None and index in context.terms:
             return context.terms[index]
@@ -421,12 +348,10 @@ class Injection(nn.Module):
         if self.kind == "residual":
             term = (self.gates[index] * vector).to(dtype)
         else:
-            gate = torch.tanh(self.gates[index]).to(dtype)
-            # [B, M, Hkv * d] -> [B, M, Hkv, 1, d].
-            value = plain_projection(module.v_proj)(vector.to(dtype)).unflatten(
-                -1, (-1, 1, module.o_proj.in_features // gate.numel())
-            )
-            # [Hkv, 1, d] times [Hkv, group, 1]: each key/value head serves the heads of its group.
+            heads = self._heads[index]
+            # [B, M, Hkv, 1, d] times [Hkv, group, 1]: each key/value head serves the heads of its group.
+            value = heads.values(vector.to(dtype)).unsqueeze(-2)
+            gate = torch.tanh(self.gates[index, : heads.num_heads]).to(dtype)
             term = (value * gate.view(value.shape[-3], -1, 1)).flatten(-3)
         # During a generation the term is the same at every step, so it is computed once.
         if context.terms is not None:
@@ -474,14 +399,39 @@ class Injection(nn.Module):
             )
 
 
-def _keep_for_output(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Kind ``cross``: the hook on the output of this call of the layer gets no keywords."""
-    context = kwargs.pop("bind", None)
-    _TERM.set(None if context is None else (context, None, None))
-    return args, kwargs
+def _choose(
+    decoder: PreTrainedModel, config: InjectConfig, *, attends: bool
+) -> tuple[list[nn.Module], list[Heads]]:
+    """Return the served layers, and for kinds that add to heads the projections of each."""
+    name = type(decoder).__name__
+    every = find_layers(decoder)
+    if config.kind not in HEAD_KINDS:
+        return [layer for _, layer in choose_layers(every, config.layers, name, "inject.layers")], []
+    found = [(number, find_heads(layer, decoder.config.get_text_config())) for number, layer in every]
+    # Hybrid decoders: layers without attention have no heads to add to.
+    found = [(number, heads) for number, heads in found if heads is not None]
+    if not found:
+        raise DecoderError(
+            f"{name}: injection kind {config.kind!r} needs an attention with query, key, value and output projections, "
+            "and no layer has one that bindllm knows. Use inject: {kind: residual} or cross"
+        )
+    layers = choose_layers(found, config.layers, name, "inject.layers")
+    return [layer for number, layer in every if number in dict(layers)], [heads for _, heads in layers]
 
 
-def _leave_out(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A layer that is not served: attention must not see the keyword."""
-    kwargs.pop("bind", None)
-    return args, kwargs
+def _count_past(kwargs: dict[str, Any]) -> int | None:
+    """Return how many tokens the cache of a forward holds, or None if it holds a recurrent state only."""
+    # Mamba and RWKV have keywords of their own.
+    caches = [
+        kwargs[name] for name in ("past_key_values", "cache_params", "state") if kwargs.get(name) is not None
+    ]
+    try:
+        return int(caches[0].get_seq_length()) if caches else 0
+    except (AttributeError, ValueError):
+        return None
+
+
+def _end(decoder: nn.Module, args: tuple, output: Any) -> None:
+    """After the decoder has run, or failed: nothing outlives the call."""
+    RUNNING.set(None)
+    _TERMS.set(None)

@@ -1,7 +1,7 @@
 """Attention of a decoder's heads over bind tokens, with the decoder's own projections: injection kind ``attend``.
 
-Also `BindContext`, the bind vectors and routes of one forward, as the layers get them, and `GenerationState`, which
-makes them for each step of a generation.
+Also `BindContext`, the bind vectors and routes of one forward, `RUNNING`, through which the hooks of all layers find
+them, and `GenerationState`, which makes them for each step of a generation.
 
 Letters: `B` batch, `T` tokens, `M` media groups, `N` bind tokens of a group, `D` decoder width, `H` query heads, `Hkv`
 key/value heads, `d` head size.
@@ -10,36 +10,29 @@ key/value heads, `d` head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
-from bindllm.errors import DecoderError, InputError
+from bindllm.errors import InputError
+from bindllm.model.injection.projections import Heads
 
 if TYPE_CHECKING:
     from bindllm.model.injection import Injection
 
-PROJECTIONS = {
-    "residual": (),
-    "value": ("v_proj", "o_proj"),
-    "attend": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "cross": (),
-}
-"""Modules of an attention that each kind of injection needs."""
-
-
-class Arrivals:
-    """A count that layers share; sharded layers get copies of dataclasses, dictionaries and lists."""
-
-    count = 0
+RUNNING: ContextVar[BindContext | None] = ContextVar("bindllm_running", default=None)
+"""The bind vectors of the forward that runs in this thread; None outside of a forward, and in one without media."""
 
 
 @dataclass
 class BindContext:
-    """Bind vectors and routes of one forward, passed to every layer.
+    """Bind vectors and routes of one forward, the same for every layer.
 
     Attributes:
         bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
@@ -47,7 +40,7 @@ class BindContext:
         masked: the bind tokens that a token does not attend to, of `mask_tokens`, or None.
         terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
             in training.
-        arrivals: counts the terms that were added in this forward.
+        arrivals: number of terms that were added in this forward.
         retrieved: the same for context tokens, which are always read by attention; None without any.
     """
 
@@ -55,7 +48,7 @@ class BindContext:
     route: Tensor
     masked: Tensor | None = None
     terms: dict[int, Any] | None = None
-    arrivals: Arrivals = field(default_factory=Arrivals)
+    arrivals: int = 0
     retrieved: BindContext | None = None
 
     @classmethod
@@ -95,14 +88,19 @@ class BindContext:
         return self.bind.dim() == 4
 
     def add(self, hidden: Tensor, term: Tensor) -> Tensor:
-        """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C]."""
-        self.arrivals.count += 1
+        """Return hidden states [B, T, C] with a term added: of each token [B, T, C], or of its group, [B, M, C].
+
+        A family with S residual streams, [S, B, T, C] (Gemma 3n) or [B, T, S, C] (DeepSeek V4), gets it in each.
+        """
+        self.arrivals += 1
         if not self.has_tokens:
             if self.route.dtype != hidden.dtype:
                 # Once per forward; every layer after the first finds it converted.
                 self.route = self.route.to(hidden.dtype)
             # Not baddbmm: autocast would return the whole residual stream in low precision.
             term = torch.bmm(self.route, term)
+        if hidden.dim() == 4 and hidden.shape[1:3] != term.shape[:2]:
+            term = term.unsqueeze(2)
         return hidden + term.to(hidden.dtype)
 
 
@@ -126,8 +124,14 @@ class GenerationState:
     terms: dict[int, Any] = field(default_factory=dict)
     retrieved_terms: dict[int, Any] = field(default_factory=dict)
 
-    def context(self, batch: int, past: int, length: int) -> BindContext:
-        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group."""
+    def context(self, batch: int, past: int | None, length: int) -> BindContext:
+        """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group.
+
+        Args:
+            batch: rows of this step.
+            past: tokens before it; None: unknown, so these are the prompts, or the last of all tokens.
+            length: tokens of this step.
+        """
         # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
         if batch != self.bind.shape[0]:
             repeats, rest = divmod(batch, self.bind.shape[0])
@@ -140,6 +144,7 @@ class GenerationState:
             self.terms.clear()
             self.retrieved_terms.clear()
         last = self.media_index.shape[1] - 1
+        past = max(last + 1 - length, 0) if past is None else past
         # Positions after the prompt read the route of its last token.
         columns = torch.arange(past, past + length, device=self.media_index.device).clamp_(max=last)
         found = self.injection.context_of(self.bind, self.media_index[:, columns], self.terms)
@@ -228,39 +233,28 @@ class BindAttention:
     the plain projections, without the adapter. A family's norms of queries and keys (Qwen3, Gemma 3, OLMo 2) apply.
 
     Args:
-        attention: ``self_attn`` of a layer, checked by `find_attention`.
-        num_heads: ``H``.
+        heads: the projections of the layer.
     """
 
-    def __init__(self, attention: nn.Module, num_heads: int) -> None:
-        self._attention, self._num_heads = attention, num_heads
-        self._size = attention.o_proj.in_features // num_heads
-        # Families that scale differently (Gemma, Granite) keep their factor here.
-        self._scaling = vars(attention).get("scaling", self._size**-0.5)
-        norms = dict(attention.named_children())
-        self._query_norm, self._key_norm = norms.get("q_norm"), norms.get("k_norm")
+    def __init__(self, heads: Heads) -> None:
+        self._heads = heads
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scaled keys [B, Hkv, d, M * N] and values [B, Hkv, M * N, d] of bind tokens [B, M, N, D]."""
+        """Return scaled keys [B, Hkv, k, M * N] and values [B, Hkv, M * N, d] of bind tokens [B, M, N, D]."""
         x = x.flatten(1, 2)
-        key, value = (
-            plain_projection(projection)(x).unflatten(-1, (-1, self._size))
-            for projection in (self._attention.k_proj, self._attention.v_proj)
-        )
-        key = _normalize(self._key_norm, key) * self._scaling
-        return key.permute(0, 2, 3, 1), value.transpose(1, 2)
+        return self._heads.keys(x).permute(0, 2, 3, 1), self._heads.values(x).transpose(1, 2)
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, masked: Tensor | None) -> Tensor:
+    def __call__(self, features: Tensor, keys: Tensor, values: Tensor, masked: Tensor | None) -> Tensor:
         """Return the attended values of each head, [B, T, H, d].
 
         Args:
-            query: output of the query projection, [B, T, H * d].
+            features: output of the query projection, [B, T, C].
             keys: of `keys_and_values`.
             values: of `keys_and_values`.
             masked: of `mask_tokens`.
         """
-        query = _normalize(self._query_norm, query.unflatten(-1, (self._num_heads, self._size)))
-        # The heads of a group share their keys, so they become rows of one product: [B, Hkv, T * G, d].
+        query = self._heads.queries(features, keys.shape[2])
+        # The heads of a group share their keys, so they become rows of one product: [B, Hkv, T * G, k].
         length, num_groups = query.shape[1], keys.shape[1]
         query = query.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)
         scores = (query @ keys).unflatten(2, (length, -1))
@@ -269,6 +263,25 @@ class BindAttention:
         # In float32, as transformers does in its own attention.
         shares = scores.softmax(-1, dtype=torch.float32).to(values.dtype).flatten(2, 3)
         return (shares @ values).unflatten(2, (length, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def checkpointed(forward: Callable) -> Callable:
+    """Return the forward of a layer with activation checkpointing."""
+
+    def run(running: BindContext | None, *args: Any, **kwargs: Any) -> Any:
+        # Run again in the backward pass, in another thread and after the end of the forward: with its own bind vectors.
+        token = RUNNING.set(running)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(run, RUNNING.get(), *args, **options, **kwargs)
+
+    return call
 
 
 def route_tokens(media_index: Tensor, num_groups: int) -> Tensor:
@@ -295,59 +308,3 @@ def mask_tokens(bind: Tensor, route: Tensor, *, first_is_token: bool = True) -> 
     masked = ~seen & route.any(-1, keepdim=True)
     # With one group in every row nothing is: a layer then saves two passes over its scores.
     return masked[:, None, :, None] if masked.is_meta or masked.any() else None
-
-
-def plain_projection(projection: nn.Module) -> nn.Module:
-    """Return a projection without its adapter: the published weights were trained with the base projection."""
-    return dict(projection.named_children()).get("base_layer", projection)
-
-
-def find_attention(layer: nn.Module, index: int, name: str, *, num_heads: int, kind: str) -> nn.Module:
-    """Return the attention of a layer.
-
-    Args:
-        layer: of the decoder.
-        index: its position, for the message.
-        name: of the decoder, for the message.
-        num_heads: query heads of the decoder.
-        kind: of the injection.
-
-    Raises:
-        DecoderError: the layer lacks a projection that the kind needs, or heads do not divide one.
-    """
-    attention = dict(layer.named_children()).get("self_attn")
-    parts = dict((layer if attention is None else attention).named_children())
-    # A few families have projections of their own, with other weights for each position.
-    found = [n for n, part in parts.items() if attention is None or hasattr(part, "in_features")]
-    missing = ["self_attn"] if attention is None else [n for n in PROJECTIONS[kind] if n not in found]
-    if missing:
-        raise DecoderError(
-            f"{name}, layer {index}: injection kind {kind!r} needs {' and '.join(missing)}; found: {', '.join(found)}. "
-            "Use a decoder of the LLaMA shape, or inject: {kind: residual}."
-        )
-    width = attention.o_proj.in_features
-    if width % num_heads:
-        raise DecoderError(
-            f"{name}, layer {index}: o_proj takes {width} features, which {num_heads} heads do not divide"
-        )
-    # Some families make an output gate with q_proj too, or have keys of another size than values.
-    if kind == "attend" and (
-        attention.q_proj.out_features != width
-        or attention.k_proj.out_features != attention.v_proj.out_features
-    ):
-        raise DecoderError(
-            f"{name}, layer {index}: injection kind 'attend' needs queries, keys and values of one head size, but "
-            f"q_proj, k_proj and v_proj give {attention.q_proj.out_features}, {attention.k_proj.out_features} and "
-            f"{attention.v_proj.out_features} features for the {width} of o_proj. Use inject: {{kind: value}}, "
-            "bind.tokens: 1, and no context"
-        )
-    return attention
-
-
-def _normalize(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    """Apply a family's norm of queries or keys to heads [B, T, H, d]: to each (Qwen3), or to all as one (OLMo 2)."""
-    if norm is None:
-        return heads
-    # A norm over all heads has one weight of their joint width.
-    joint = any(weight.shape == (heads.shape[2] * heads.shape[3],) for weight in norm.parameters())
-    return norm(heads.flatten(2)).unflatten(2, heads.shape[2:]) if joint else norm(heads)
