@@ -319,6 +319,39 @@ def test_decoder_that_can_think_learns_the_answer_without_a_thought(turns):
     assert prompt.input_ids == rendered.input_ids[: rendered.answers[-1][0]]
 
 
+# As Qwen3.5: answers after the last question follow a thought, earlier ones do not.
+THINKS_LATE = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# As Gemma 4: no answer of the conversation has the empty thought of its prompt, and thinking adds a system message.
+THINKS_NEVER = (
+    "{% if enable_thinking | default(false) %}<|im_start|>system\n<|think|><|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking | default(false) %}<|message|>thought\n<|channel|>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [THINKS_LATE, THINKS_NEVER])
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_last_answer_follows_its_prompt_and_earlier_ones_their_plain_header(template, turns):
+    tokenizer = tokenizer_with(template)
+    talked = [("u", "q"), ("a", "<yo")] * turns
+    rendered = render(talk(*talked), tokenizer)
+    learned = [tokenizer.decode(rendered.input_ids[first:stop]) for first, stop in rendered.answers]
+    assert learned == ["<yo<|im_end|>"] * turns
+    prompt = render(talk(*talked[:-1]), tokenizer, add_generation_prompt=True)
+    assert prompt.input_ids == rendered.input_ids[: rendered.answers[-1][0]]
+    for first, _ in rendered.answers[:-1]:
+        assert tokenizer.decode(rendered.input_ids[:first]).endswith("<|im_start|>assistant\n")
+
+
 def test_several_named_templates():
     tokenizer = tokenizer_with({"default": TEMPLATE, "tool_use": HARMONY})
     assert render(talk(("u", "q"), ("a", "yo")), tokenizer).whole == [True]

@@ -61,6 +61,19 @@ def test_the_dtype_of_the_recipe_wins(tmp_path):
         DecoderConfig(folder, dtype="bfloat")
 
 
+def test_the_attention_of_the_recipe_is_used(tmp_path):
+    folder = str(save_tiny_decoder(tmp_path / "d"))
+    ids = torch.arange(3, 10).unsqueeze(0)
+    logits = []
+    for attention in ("eager", "sdpa"):
+        decoder = load_decoder(DecoderConfig(folder, dtype="float32", attention=attention), device="cpu")
+        assert decoder.config._attn_implementation == attention
+        logits.append(decoder(ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="Did you mean 'eager'"):
+        DecoderConfig(folder, attention="eagre")
+
+
 def test_a_folder_that_is_not_there_or_not_a_decoder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DecoderError, match="does not exist"):

@@ -12,7 +12,7 @@ from bindllm import Conversation, Media, Message
 from bindllm.conversation import render
 from bindllm.errors import DecoderError, InputError
 from bindllm.model.decoder import INPUT_HEADER, DecoderConfig, apply_template, load_tokenizer
-from tiny import save_tiny_decoder, tiny_tokenizer
+from tiny import TEMPLATE, save_tiny_decoder, tiny_tokenizer
 
 SHA256 = {
     "X": "5fc20c4032f672386251673a7ad6e202193beb7118fe6c0baaf0339fb59d5359",
@@ -112,3 +112,37 @@ def test_a_begin_token_that_is_an_empty_text_is_none():
     tokenizer.bos_token = ""
     with pytest.raises(DecoderError, match="has no begin token"):
         apply_template("alpaca", tokenizer)
+
+
+def test_a_template_is_a_text_or_a_file_and_takes_options(tmp_path):
+    folder, file = str(save_tiny_decoder(tmp_path / "d")), tmp_path / "mine.jinja"
+    text = "{{ mark }}" + TEMPLATE
+    file.write_text(text)
+    config = DecoderConfig(folder, template=str(file), template_options={"mark": 'a "b"'})
+    # A checkpoint does not need the file.
+    assert config.template == text
+    loaded = [load_tokenizer(c) for c in (config, DecoderConfig(folder, template=text))]
+    plain = "<|im_start|>user\nX<|im_end|>\n"
+    assert [text_of(t, ("user", "X"), header=False) for t in loaded] == ['a "b"' + plain, plain]
+    with pytest.raises(DecoderError, match=r"none\.jinja is missing.*give a file with a Jinja template"):
+        DecoderConfig(folder, template="none.jinja")
+    for options in ({"enable thinking": True}, {"mark": [1]}):
+        with pytest.raises(InputError, match=r"template_options has .*enable_thinking: true"):
+            DecoderConfig(folder, template_options=options)
+
+
+def test_harmony_opens_the_final_channel_in_the_prompt(tmp_path):
+    """So answers are learned whole, and no name of a channel is a part of their text."""
+    folder, tokenizer = save_tiny_decoder(tmp_path / "d"), tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(DecoderConfig(str(folder)))
+    turns = (Message("user", "X"), Message("assistant", "Yes."))
+    rendered = render(Conversation(turns * 2), tokenizer)
+    assert [tokenizer.decode(rendered.input_ids[a:b]) for a, b in rendered.answers] == ["Yes.<|im_end|>"] * 2
+    prompt = render(Conversation(turns[:1]), tokenizer, add_generation_prompt=True)
+    assert tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant<|channel|>final<|message|>")

@@ -186,7 +186,7 @@ def render(
     turns, tools = (guard(value, control, escape=escape) for value in (given, list(conversation.tools)))
     check_texts(strings([turns, tools]), tokenizer)
     template = _Template(tokenizer, tools)
-    text = template.apply(turns, header=add_generation_prompt)
+    text = template.complete_header(turns, template.apply(turns, header=add_generation_prompt))
     template.check_written(turns, text, header=add_generation_prompt)
     answer_starts = _answer_starts(template, turns, text, control)
     ids, starts = tokenize(tokenizer, text, answer_starts.values())
@@ -302,6 +302,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the control tokens that a template writes between the header of each answer and its text; often none.
+
+    Harmony (gpt-oss) opens the final channel there. As a part of the generation prompt, it leaves the text to learn.
+    """
+    template, turns = (
+        _Template(tokenizer, []),
+        [{"role": m.role, "content": m.text} for m in _EXCHANGE.messages],
+    )
+    text, start = template.apply(turns, header=False), None
+    with suppress(InputError):
+        start = template.prefix_length(turns[:1], text, header=True)
+    lead = "" if start is None else text[start : text.rfind(turns[1]["content"])]
+    return lead if any(token in lead for token in control_tokens(tokenizer)) else ""
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
     """Make sure that a decoder has an embedding for every token that can occur.
 
@@ -378,6 +394,26 @@ class _Template:
         # Templates that rewrite earlier messages start differently; the position is unknown then.
         return None
 
+    def answer_start(self, turns: list[dict[str, Any]], turn: int, text: str) -> int | None:
+        """Return where an answer starts in the text; None: it was not found."""
+        start, before = self.prefix_length(turns[:turn], text, header=True), None
+        content = turns[turn]["content"].strip()
+        if start is None and content:
+            before = self.prefix_length(turns[:turn], text)
+        if before is None:
+            return start
+        # The text lacks the end of the header, an empty thought (Qwen3.5, Gemma 4): the answer starts within.
+        prompt = self.apply(turns[:turn], header=True)
+        places = (at for at in range(len(prompt), before - 1, -1) if text[before:at] == prompt[before:at])
+        return next((at for at in places if text.startswith(content, at)), None)
+
+    def complete_header(self, turns: list[dict[str, Any]], text: str) -> str:
+        """Give the last answer the whole header of its generation prompt: Gemma 4 leaves out the end of it."""
+        if turns[-1]["role"] != "assistant" or not _can_think(self.tokenizer):
+            return text
+        start, prompt = self.answer_start(turns, len(turns) - 1, text), self.apply(turns[:-1], header=True)
+        return text if start is None or not prompt.startswith(text[:start]) else prompt + text[start:]
+
     def check_written(self, turns: list[dict[str, Any]], text: str, *, header: bool) -> None:
         """Refuse a template that drops a question, a system text, a tool or a tool call; answers are compared later."""
         written, missing = _squeeze(text), ""
@@ -416,7 +452,7 @@ def _answer_starts(
     """Return the start of each answer in the text, by its turn; None if it was not found."""
     answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
     # The first answer is located by rendering, which also shows the header of all others.
-    starts = {turn: template.prefix_length(turns[:turn], text, header=True) for turn in answers[:1]}
+    starts = {turn: template.answer_start(turns, turn, text) for turn in answers[:1]}
     others = answers[1:]
     if len(answers) > 2 and (first := starts[answers[0]]) is not None:
         # Rendering the messages before every single answer takes quadratic time. A header with a control token can be
@@ -431,7 +467,7 @@ def _answer_starts(
                 starts |= dict(zip(answers[1:], ends, strict=True))
                 # The header of the last answer may differ, see `_Template.prefix_length`.
                 others = answers[-1:] if _can_think(template.tokenizer) else []
-    return starts | {turn: template.prefix_length(turns[:turn], text, header=True) for turn in others}
+    return starts | {turn: template.answer_start(turns, turn, text) for turn in others}
 
 
 def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:

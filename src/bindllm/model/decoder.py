@@ -26,12 +26,14 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
-from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
+from bindllm.conversation import INPUT_HEADER, answer_lead, check_tokenizer, end_tokens
 from bindllm.encoders import hub
-from bindllm.errors import DecoderError, check_choice
+from bindllm.errors import DecoderError, InputError, check_choice
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 # Files that decide how a text becomes tokens, and where an answer ends.
 _PROMPT_FILES = (
@@ -94,16 +96,37 @@ class DecoderConfig:
     """System text of every conversation without one; by default the decoder's chat template decides."""
 
     template: str | None = None
-    """`alpaca`: the text template of the released ImageBind-LLM, for a base LLaMA; null: the tokenizer's own."""
+    """A Jinja chat template: its text, a file that ends in `.jinja`, or `alpaca`, the text template of the released
+    ImageBind-LLM, for a base LLaMA; null: the tokenizer's own. A checkpoint keeps the text of a file."""
+
+    template_options: dict[str, Any] | None = None
+    """Variables of the chat template, such as `{enable_thinking: true}`: true, false, numbers or texts."""
 
     quantize: Literal["nf4", "int8"] | None = None
     """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
 
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """The attention kernel: `eager` is plain products, `flash_attention_2` needs its package and a GPU; null:
+    transformers chooses, mostly `sdpa`. Results are the same up to rounding."""
+
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        if self.template is not None:
-            check_choice("template", self.template, TEMPLATES)
+        if self.template is not None and self.template.endswith(".jinja"):
+            require_file(file := Path(self.template), DecoderError, "give a file with a Jinja template")
+            self.template = file.read_text("utf-8")
+        if self.template is not None and "{" not in self.template:
+            check_choice(
+                "template (a name, Jinja text, or a file that ends in .jinja)", self.template, TEMPLATES
+            )
+        if self.attention is not None:
+            check_choice("attention", self.attention, ATTENTIONS)
+        for name, value in (self.template_options or {}).items():
+            if not name.isidentifier() or not isinstance(value, bool | int | float | str):
+                raise InputError(
+                    f"decoder.template_options has {name}: {value!r}, expected a variable of the template with true, "
+                    "false, a number or a text, such as {enable_thinking: true}"
+                )
         if self.quantize is not None:
             check_choice("quantization", self.quantize, QUANTIZATIONS)
 
@@ -165,9 +188,18 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = _choose_template(tokenizer.chat_template, folder)
-    if config.template is not None:
+    if config.template in TEMPLATES:
         apply_template(config.template, tokenizer)
+    elif config.template is not None:
+        tokenizer.chat_template = config.template
     check_tokenizer(tokenizer)
+    # Into the template too, before the rest of it: training, evaluation and each request get the same.
+    values = [f"{{%- set {n} = {json.dumps(v)} -%}}" for n, v in (config.template_options or {}).items()]
+    tokenizer.chat_template = "".join(values) + tokenizer.chat_template
+    if lead := answer_lead(tokenizer):
+        tokenizer.chat_template += (
+            f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(lead)} -}}}}{{%- endif -%}}"
+        )
     if config.system is not None:
         # The system text becomes part of the template, so no caller can forget it.
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
@@ -244,6 +276,8 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     # folder, and the result is frozen.
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     options: dict[str, Any] = {}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
     if config.quantize is not None:
         # Each projection is quantized on its target device, so the full-precision decoder never exists as a whole.
         options |= {

@@ -476,8 +476,7 @@ def _lengths(rows: Sequence[Row], skipped: Skipped, tokenizer: Any, max_length: 
     """
     if not rows:
         return "no rows to train on"
-    samples: list[Sample] = []
-    refused = Skipped()
+    samples, refused = list[Sample](), Skipped()
     for row in spread(rows, MEASURED_ROWS):
         try:
             samples.append(make_sample(row, tokenizer, max_length))

@@ -184,7 +184,7 @@ def _remarks(
     """
     remarks = []
     # These change prompts or rounding, not the meaning of the trained tensors.
-    effects = dict.fromkeys(("template", "system"), "its prompts differ")
+    effects = dict.fromkeys(("template", "template_options", "system"), "its prompts differ")
     for setting, effect in {**effects, "quantize": "the same decoder, rounded differently"}.items():
         before, now = manifest["decoder"].get(setting), getattr(decoder, setting)
         if before != now:
@@ -201,5 +201,7 @@ def _remarks(
 
 
 def _shown(value: Any) -> str:
-    """Write a setting as recipes do."""
+    """Write a setting as recipes do; of a long text, such as a template, the beginning."""
+    if isinstance(value, str) and len(value) > 80:
+        return f"{value[:80]!r}..."
     return value if isinstance(value, str) and value else json.dumps(value)
