@@ -13,12 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bindllm.cli import main
-from bindllm.encoders import EfficientNetLite, HuggingFace, ImageBind, PointBind
+from bindllm.encoders import (
+    EfficientNetLite,
+    HuggingFace,
+    ImageBind,
+    Padded,
+    PointBind,
+    SentenceTransformers,
+)
 from bindllm.encoders.imagebind.clips import video_input
 from bindllm.encoders.imagebind.config import HUGE
 from bindllm.encoders.imagebind.inputs import depth_input, image_input, imu_input, thermal_input
 from bindllm.encoders.imagebind.text import Tokenizer, tokenizer_tree
 from bindllm.media.maps import open_depth
+from bindllm.model.checkpoint import build_own
 from goldens import FOLDER
 from imagebind_small import write_small_imagebind
 
@@ -150,10 +158,12 @@ def test_commands_are_those_of_the_program(project, monkeypatch, capsys):
 
 
 def test_the_tables_of_encoders_trunks_and_options_are_true():
-    classes = {kind.__name__: kind for kind in (ImageBind, PointBind, HuggingFace, EfficientNetLite)}
+    # Modalities and widths of the first three are those of a model or of another encoder.
+    of_models = (HuggingFace, SentenceTransformers, Padded)
+    classes = {kind.__name__: kind for kind in (ImageBind, PointBind, EfficientNetLite, *of_models)}
     for name, modalities, size, space, _ in rows("# Encoders"):
         kind = classes.pop(re.search(r"`(\w+)`", name)[1])
-        if kind is not HuggingFace:
+        if kind not in of_models:
             encoder = kind()
             assert set(encoder.modalities) == set(modalities.split(", "))
             assert (str(encoder.embedding_size), f"`{encoder.space}`") == (size, space)
@@ -180,11 +190,14 @@ def test_the_ids_of_texts_are_true(tmp_path):
         assert len(pieces.split(", ")) == len(ids.split()) - 2
 
 
-def test_the_yaml_block_is_part_of_a_recipe():
-    (part,) = (yaml.safe_load(block) for block in blocks("yaml"))
-    (encoder,) = part["model"]["encoders"]
-    assert encoder["class_path"] == f"bindllm.encoders.{HuggingFace.__name__}"
-    assert HuggingFace(**encoder["init_args"]).config["modalities"] == ["image"]
+def test_the_yaml_blocks_are_parts_of_a_recipe():
+    parts = [yaml.safe_load(block) for block in blocks("yaml")]
+    built = [build_own(encoder) for part in parts for encoder in part["model"]["encoders"]]
+    assert [type(encoder) for encoder in built] == [HuggingFace, SentenceTransformers, Padded, Padded]
+    assert built[0].config["modalities"] == ["image"]
+    # The parts of the two widths lie next to each other.
+    assert [(one.config["start"], one.embedding_size) for one in built[2:]] == [(0, 1664), (1280, 1664)]
+    assert EfficientNetLite().embedding_size == built[3].config["start"]
 
 
 def test_a_converted_folder_holds_what_the_page_lists(project):

@@ -93,6 +93,7 @@ def captioned(tmp_path_factory):
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=7)),
             sanity_checking=False,
             is_global_zero=True,
+            loggers=[],
         )
         callback = SampleCaptions(log, count=3, max_new_tokens=2)
         callback.on_validation_epoch_end(trainer, SimpleNamespace(model=model))
