@@ -127,7 +127,9 @@ def test_the_module_of_the_command_does_not_look_in_this_folder(here):
     run_commands(["fetch", "--help"], script=False)
 
 
-def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here):
+@pytest.fixture
+def commands(here) -> list[list[str]]:
+    """Command lines with a model, an encoder and a recipe of this folder, which has further traps."""
     save_tiny_model(here / "model", here / "decoder")
     manifest = here / "model/bindllm.json"
     manifest.write_text(manifest.read_text().replace("cache_parts.Multimodal", "my_lab.Encoder"))
@@ -140,10 +142,18 @@ def test_commands_and_their_processes_import_what_is_named_and_nothing_else(here
         (here / f"{name}.py").write_text("open('trapped', 'a').write(__name__ + ' ')\n")
     model = {"encoders": [{"class_path": "my_lab.Encoder"}]}
     config = ["--config", str(write_recipe(tiny_recipe(here, model=model, trainer={"max_epochs": 1})))]
-    run_commands(
+    return [
         ["encode", "text:a dog", "text:a cat", "--encoder", "my_lab.Encoder"],
         ["check", "--folder", *loads],
         ["generate", *loads, "--max_new_tokens", "2"],
-        ["embed", *config, "--trainer.devices", "2"],
         ["fit", *config],
-    )
+    ]
+
+
+def test_commands_import_what_is_named_and_nothing_else(commands):
+    run_commands(*commands)
+
+
+@pytest.mark.slow
+def test_processes_of_a_command_import_what_is_named_and_nothing_else(commands):
+    run_commands(["embed", *commands[-1][1:], "--trainer.devices", "2"])
