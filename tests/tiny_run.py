@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from bindllm.cli import main
 from bindllm.cli.recipes.recipe import RecipeCLI
+from bindllm.report import page
 from bindllm.training.module import BindModule
 from tiny import color_images, save_tiny_decoder
 
@@ -71,10 +72,30 @@ def _parser_once(cli: RecipeCLI, *arguments) -> None:
     cli.parser = _parsers[kind]
 
 
-def run(command: str, recipe: dict, *options: str) -> int:
-    """Run a command with a recipe from the current folder; return the exit code."""
+_draw = page._svg
+_figures: dict[str, str] = {}
+
+
+def _figure_once(axes, *, name: str) -> str:
+    """Take the figure of an earlier run: drawing both takes a quarter of a tiny run. tests/report looks at them."""
+    if name not in _figures:
+        _figures[name] = _draw(axes, name=name)
+    return _figures[name]
+
+
+def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int:
+    """Run a command with a recipe from the current folder; return the exit code.
+
+    Args:
+        command: the command.
+        recipe: its recipe.
+        options: further words of the command line.
+        figures: draw the figures of this run; else the page may have those of an earlier one.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecipeCLI, "setup_parser", _parser_once)
+        if not figures:
+            patch.setattr(page, "_svg", _figure_once)
         return main([command, "--config", str(write_recipe(recipe)), *options])
 
 

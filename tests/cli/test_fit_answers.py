@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
             "decoder": {"name": str(folder / "decoder"), "dtype": "float32"},
             "encoders": [{"class_path": "tiny.ColorEncoder"}],
         }
-        assert run("fit", recipe) == 0
+        assert run("fit", recipe, figures=True) == 0
     return folder
 
 

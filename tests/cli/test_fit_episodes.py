@@ -30,7 +30,7 @@ def recipe(parts, tmp_path_factory):
 
 
 def test_episodes_are_trained_on_and_measured(recipe, work, monkeypatch):
-    assert run("fit", recipe) == 0
+    assert run("fit", recipe, figures=True) == 0
     tasks = json.loads(Path("checkpoints/tiny/metrics.json").read_text())["tasks"]
     assert tasks.keys() == {"episodes"}
     assert tasks["episodes"]["model"]["by_subset"].keys() == {"0 shots", "2 shots"}
