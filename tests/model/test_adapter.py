@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from bindllm import BindLLM
 from bindllm.errors import CheckpointError, DecoderError, InputError, MissingExtraError
 from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
+from bindllm.model.export import merge
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.injection.attend import RUNNING
 from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model
@@ -324,3 +325,39 @@ def test_without_peft_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"bindllm\[adapter\]"):
         Adapter(tiny_decoder(), AdapterConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "names"),
+    [
+        ("phi3", "all-linear", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("gpt2", "all-linear", {"c_attn", "c_proj", "c_fc"}),
+        ("gpt_neox", ["query_key_value"], {"query_key_value"}),
+    ],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_other_projections_are_tuned_and_merged(family, targets, names, dora):
+    base = tiny_decoder(family)(IDS).logits
+    decoder, config = tiny_decoder(family), AdapterConfig(rank=4, targets=targets, dora=dora)
+    adapter = Adapter(decoder, config)
+    assert adapter.config.bias is False
+    torch.testing.assert_close(decoder(IDS).logits, base)
+    assert {name.split(".")[-3] for name in adapter.parameters() if "lora_A" in name} == names
+    for name, parameter in adapter.parameters().items():
+        parameter.data += 0.2 * torch.randn_like(parameter) * ("magnitude" not in name)
+    tuned = decoder(IDS).logits
+    assert not torch.allclose(tuned, base, atol=1e-3)
+    plain = tiny_decoder(family)
+    tensors = {name: parameter.detach() for name, parameter in adapter.parameters().items()}
+    merge(plain, config, tensors, torch.float32, source="x")
+    torch.testing.assert_close(plain(IDS).logits, tuned, atol=1e-3, rtol=1e-3)
+
+
+def test_a_decoder_without_the_targets_names_its_projections():
+    with pytest.raises(
+        DecoderError, match=r"Phi3ForCausalLM has no q_proj.*are down_proj, gate_up_proj, o_proj, qkv_proj"
+    ):
+        Adapter(tiny_decoder("phi3"), AdapterConfig())
+    for targets in ("all_linear", []):
+        with pytest.raises(InputError, match=r"adapter\.targets is .*all-linear"):
+            AdapterConfig(targets=targets)

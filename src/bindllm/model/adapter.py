@@ -17,12 +17,14 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bindllm.errors import DecoderError, InputError, needs_extra
 from bindllm.model.checkpoint import ADAPTER_PREFIX
@@ -32,6 +34,7 @@ from bindllm.model.layers import check_layers, choose_layers, find_layers
 from bindllm.model.quantize import quiet_bitsandbytes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
 MOST_RANK = 65536
 """Largest rank: wider than any projection, and small enough that a damaged checkpoint cannot ask for more."""
 
@@ -65,6 +68,10 @@ class AdapterConfig:
     dora: bool = False
     """Whether the length of each row of a projection is learned apart from its direction; excludes `bias: true`."""
 
+    targets: list[str] | str | None = None
+    """Projections that are tuned, by name, such as `[qkv_proj, o_proj]`; `all-linear`: every linear projection of the
+    layers; by default the seven of LLaMA. Experts that are one tensor, as in most mixtures, are not projections."""
+
     layers: int | list[int] | None = None
     """Layers that are tuned, as in `inject.layers`. By default all. The norm after the last layer belongs to each
     choice."""
@@ -84,6 +91,11 @@ class AdapterConfig:
             raise InputError(
                 f"adapter with rank {self.rank} and alpha {self.alpha}: rank must be 1 to {MOST_RANK}, alpha finite "
                 "and above 0"
+            )
+        if (isinstance(self.targets, str) and self.targets != ALL_LINEAR) or self.targets == []:
+            raise InputError(
+                f"adapter.targets is {self.targets!r}, expected names of projections, such as [q_proj, v_proj], "
+                f"{ALL_LINEAR}, or null for {', '.join(TARGETS)}"
             )
         if self.dora and self.bias:
             raise InputError(
@@ -113,7 +125,7 @@ class Adapter:
     """The tuned tensors inside a decoder, under the names that peft saves them by.
 
     Args:
-        decoder: a causal language model whose layers hold the seven projections; peft's layers take their place.
+        decoder: a causal language model whose layers hold the projections; peft's layers take their place.
         config: rank, scale, biases, norms and variant.
 
     Raises:
@@ -129,9 +141,9 @@ class Adapter:
         quiet_bitsandbytes()
         with needs_extra("peft", extra="adapter", purpose="tune a decoder, or run a tuned one"):
             from peft import inject_adapter_in_model
-        _check(decoder)
-        self.config = config = _choose_bias(config, decoder)
-        self._peft_config = _peft_config(decoder, config)
+        targets = _check(decoder, config)
+        self.config = config = _choose_bias(config, decoder, targets)
+        self._peft_config = _peft_config(decoder, config, targets)
         self._decoder = decoder
         with warnings.catch_warnings():
             # peft warns that biases cannot be merged into layers without one; `export` checks that case itself.
@@ -214,26 +226,27 @@ def enable_biases(config: PretrainedConfig) -> None:
                 setattr(part, setting, True)
 
 
-def lacking_biases(config: PretrainedConfig) -> list[str]:
-    """Return the kinds of projections that have no bias in a plain decoder of this config."""
+def lacking_biases(config: PretrainedConfig, targets: Sequence[str]) -> list[str]:
+    """Return the names of tuned projections that have no bias in a plain decoder of this config."""
     # Shapes only: this shows which projections get a bias.
     core = without_weights(config.name_or_path, config).get_decoder()
     return list(
         {
             kind: None
             for path, module in core.named_modules()
-            if (kind := path.rpartition(".")[2]) in TARGETS and module.bias is None
+            if (kind := path.rpartition(".")[2]) in targets and module.bias is None
         }
     )
 
 
-def _choose_bias(config: AdapterConfig, decoder: PreTrainedModel) -> AdapterConfig:
+def _choose_bias(config: AdapterConfig, decoder: PreTrainedModel, targets: Sequence[str]) -> AdapterConfig:
     """Decide on new biases if the config leaves it open, and warn about those that could never be merged."""
-    if config.bias is False or config.dora:
+    # Named targets get none by default: only the settings of LLaMA's projections are known.
+    if config.bias is False or config.dora or (config.bias is None and config.targets is not None):
         return replace(config, bias=False)
     plain = copy.deepcopy(decoder.config)
     enable_biases(plain)
-    lacking = lacking_biases(plain)
+    lacking = lacking_biases(plain, targets)
     if config.bias and lacking:
         logging.getLogger("bindllm").warning(
             "%s cannot store biases for %s, so bindllm export will not be able to merge this adapter; with "
@@ -244,24 +257,27 @@ def _choose_bias(config: AdapterConfig, decoder: PreTrainedModel) -> AdapterConf
     return replace(config, bias=not lacking if config.bias is None else config.bias)
 
 
-def _check(decoder: PreTrainedModel) -> None:
-    """Refuse decoders that cannot be tuned, before anything is changed."""
-    name, core = type(decoder).__name__, decoder.get_decoder()
+def _check(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """Refuse decoders that cannot be tuned, before anything is changed; return the names of the projections to tune."""
+    name = type(decoder).__name__
     # A hook on the model is the injection; it would miss peft's new projections.
     if decoder._forward_pre_hooks:
         raise DecoderError("this decoder carries an injection already; the adapter must come before it")
     # By the last part of the path, as peft matches its targets.
-    found = {path.rpartition(".")[2]: module for path, module in core.named_modules()}
-    if missing := [target for target in TARGETS if target not in found]:
+    parts = [part for _, layer in find_layers(decoder) for part in layer.named_modules()]
+    found = sorted({path.rpartition(".")[2] for path, part in parts if isinstance(part, nn.Linear | Conv1D)})
+    targets = found if config.targets == ALL_LINEAR else config.targets or TARGETS
+    if missing := [target for target in targets if target not in found]:
         raise DecoderError(
-            f"{name} has no {', '.join(missing)}, so the adapter does not fit it. Decoders of the LLaMA shape "
-            "(Llama, Mistral, Qwen2, Qwen3, SmolLM2, ...) have them"
+            f"{name} has no {', '.join(missing)}, so the adapter does not fit it. Its projections are "
+            f"{', '.join(found)}: set adapter.targets to some of them, or to {ALL_LINEAR}"
         )
     if any("lora_A" in dict(module.named_children()) for module in decoder.modules()):
         raise DecoderError("this decoder carries an adapter already; load the decoder again for another")
+    return list(targets)
 
 
-def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
+def _peft_config(decoder: PreTrainedModel, config: AdapterConfig, names: Sequence[str]) -> Any:
     """Return the `LoraConfig`; naming it above would let jsonargparse import peft whenever it reads a recipe."""
     from peft import LoraConfig
 
@@ -273,12 +289,13 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
         tuned = choose_layers(every, config.layers, type(decoder).__name__, "adapter.layers")
         core -= {part for number, layer in every if number not in dict(tuned) for part in layer.modules()}
     inside = {path: module for path, module in decoder.named_modules() if module in core}
-    targets = [path for path in inside if path.rpartition(".")[2] in TARGETS]
+    targets = [path for path in inside if path.rpartition(".")[2] in names]
     # Families name their norm modules differently; only the class names have a common ending.
     norms = [path for path, module in inside.items() if type(module).__name__.endswith("Norm")]
     ends = {path.rpartition(".")[2] for path in norms}
-    if not any(path.endswith((*TARGETS, *ends)) for path, _ in decoder.named_modules() if path not in inside):
-        targets, norms = list(TARGETS), sorted(ends)
+    is_transposed = any(isinstance(inside[path], Conv1D) for path in targets)
+    if not any(path.endswith((*names, *ends)) for path, _ in decoder.named_modules() if path not in inside):
+        targets, norms = list(names), sorted(ends)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -288,6 +305,8 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig) -> Any:
         use_dora=config.dora,
         use_rslora=config.rslora,
         target_modules=targets,
+        # GPT-2 keeps its matrices the other way round.
+        fan_in_fan_out=is_transposed,
         modules_to_save=norms if config.norm else None,
         base_model_name_or_path=decoder.config.name_or_path or None,
     )

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, check_choice
-from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
+from bindllm.model.adapter import ALL_LINEAR, TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
 from bindllm.model.card import license_of
 from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, read_manifest, read_weights
 from bindllm.model.decoder import (
@@ -199,7 +199,9 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
     if not adapter.bias:
         return plain
     enable_biases(plain)
-    if lacking := lacking_biases(plain):
+    if lacking := lacking_biases(
+        plain, TARGETS if adapter.targets in (None, ALL_LINEAR) else adapter.targets
+    ):
         raise CheckpointError(
             f"the adapter of {checkpoint} has biases for all projections, and a plain {plain.model_type} model has "
             f"none for {', '.join(lacking)}, nor a setting for them, so they cannot be merged. Load the "
