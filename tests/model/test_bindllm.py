@@ -195,6 +195,12 @@ def test_the_probe_finds_gates_that_are_not_closed_and_leaves_them(model):
     assert torch.equal(model.injection.gates, gates)
 
 
+def test_loading_a_checkpoint_does_not_probe_again(decoder, tmp_path, monkeypatch):
+    build(decoder).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr("bindllm.model.bindllm.probe", lambda *_: pytest.fail("probed again"))
+    BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
+
+
 def test_a_decoder_that_reads_both_ways_is_refused():
     with pytest.raises(DecoderError, match="media change the logits of tokens before them"):
         build_family("bert", "residual")

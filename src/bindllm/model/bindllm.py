@@ -79,6 +79,7 @@ class BindLLM(nn.Module):
         context: shape of the context perceivers (docs/context.md). None: the model reads no retrieved records.
         cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
         origin: source and license of the trained tensors, for the model cards of all folders.
+        is_probed: whether this injection was tried in this decoder before, as that of a checkpoint was.
 
     Attributes:
         cache: the default visual cache of all calls, or None.
@@ -102,6 +103,7 @@ class BindLLM(nn.Module):
         context: ContextConfig | None = None,
         cache_config: CacheConfig | None = None,
         origin: str = "",
+        is_probed: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.cache_config, self.origin = config, cache_config, origin
@@ -131,7 +133,8 @@ class BindLLM(nn.Module):
         if decoder.device.type != "meta":
             for warning in (*alignment_warnings(self.encoders), *skipped_encoders(self.encoders)):
                 logging.getLogger("bindllm").warning(warning)
-            probe(decoder, self.injection)
+            if not is_probed:
+                probe(decoder, self.injection)
 
     @classmethod
     def build(cls, decoder: DecoderConfig, *, device: str | None = None, **parts: Any) -> Self:

@@ -78,7 +78,7 @@ def load_model(
     store = open_datastore(datastore, parts["encoders"], own=own)
     if records is not None and own is None:
         raise InputError(READS_NO_RECORDS)
-    model = kind.build(config, device=device, **parts)
+    model = kind.build(config, device=device, is_probed=True, **parts)
     # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
     model.load_trainable_state(found, source=str(folder))
     model.cache, model.bind.num_tokens, model.datastore = opened, tokens, store
