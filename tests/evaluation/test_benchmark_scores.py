@@ -103,7 +103,7 @@ SPOKEN = {
         "red things it's fine",
     ],
     "the table with a red dog": ["A red dog, with the table!"],
-    "dog dogs running | quick": ["quick dogs run", "a fast dog ran"],
+    "dog dogs running ||| quick": ["quick dogs run", "a fast dog ran"],
 }
 METEOR_STATS = (
     (7, 8, 3, 4, 3, 3, 3, 3, *[0] * 8, 1, 0, 0, 1, 5, 7, 7),
