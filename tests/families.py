@@ -249,9 +249,21 @@ def table(found: dict[str, dict[str, str]]) -> str:
         "|---|---|",
     ]
     for kinds, families in sorted(groups.items(), key=lambda group: -len(group[1])):
-        lines.append(f"| {', '.join(f'`{kind}`' for kind in kinds) or 'refused'} | {', '.join(families)} |")
+        lines.append(f"| {', '.join(f'`{kind}`' for kind in kinds) or 'none'} | {', '.join(families)} |")
     left = ", ".join(sorted(set(found) - set(built)))
-    return "\n".join([*lines, "", f"Not built here, so not known: {left}."])
+    wrong = [
+        f"{family} with `{kind}` ({kinds[kind]})"
+        for family, kinds in sorted(built.items())
+        for kind in KINDS
+        if kinds.get(kind) and not kinds[kind].startswith("refused")
+    ]
+    notes = [
+        f"All other kinds are refused, except {', '.join(wrong)}."
+        if wrong
+        else "All other kinds are refused.",
+        f"Not built here, so not known: {left}.",
+    ]
+    return "\n".join([*lines, "", *notes])
 
 
 def write(text: str) -> None:

@@ -147,7 +147,7 @@ def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder, pa
     batch, given = tiny_batch(**bind_tokens(parts)), records()
     expected = model(**batch, **given).logits
     turned = {name: value.flip(2) for name, value in given.items()}
-    torch.testing.assert_close(model(**batch, **turned).logits, expected)
+    torch.testing.assert_close(model(**batch, **turned).logits, expected, atol=1e-4, rtol=1e-3)
     words = {**given, "context_ids": given["context_ids"].flip(3)}
     assert not torch.allclose(model(**batch, **words).logits, expected)
 
