@@ -82,6 +82,7 @@ def test_its_numbers_are_the_published_ones():
         "norm": True,
         "dora": False,
         "layers": None,
+        "targets": None,
         "media_only": False,
         "rslora": False,
     }

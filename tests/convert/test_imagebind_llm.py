@@ -191,7 +191,7 @@ def test_every_tensor_is_in_the_report_and_the_manifest_says_what_it_is(load, tm
         "media_only": False,
         "rslora": False,
     }
-    assert manifest["adapter"] == {**adapter, "layers": None}
+    assert manifest["adapter"] == {**adapter, "layers": None, "targets": None}
     assert manifest["decoder"]["template"] == "alpaca"
     assert "non-commercial" in (tmp_path / "m" / "README.md").read_text()
     assert load("finetune_last2").inject_config.layers == 2

@@ -263,6 +263,8 @@ def _check(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
     # A hook on the model is the injection; it would miss peft's new projections.
     if decoder._forward_pre_hooks:
         raise DecoderError("this decoder carries an injection already; the adapter must come before it")
+    if any("lora_A" in dict(module.named_children()) for module in decoder.modules()):
+        raise DecoderError("this decoder carries an adapter already; load the decoder again for another")
     # By the last part of the path, as peft matches its targets.
     parts = [part for _, layer in find_layers(decoder) for part in layer.named_modules()]
     found = sorted({path.rpartition(".")[2] for path, part in parts if isinstance(part, nn.Linear | Conv1D)})
@@ -272,8 +274,6 @@ def _check(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
             f"{name} has no {', '.join(missing)}, so the adapter does not fit it. Its projections are "
             f"{', '.join(found)}: set adapter.targets to some of them, or to {ALL_LINEAR}"
         )
-    if any("lora_A" in dict(module.named_children()) for module in decoder.modules()):
-        raise DecoderError("this decoder carries an adapter already; load the decoder again for another")
     return list(targets)
 
 
