@@ -1,7 +1,6 @@
 """A run of a model with retrieved context: its datastore is made of its training rows."""
 
 import json
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -51,44 +50,6 @@ def test_batches_hold_records_that_are_not_of_their_own_rows(parts, work):
     batch = next(iter(data.train_dataloader()))
     assert batch["context_embeddings"].shape == (4, 1, 3, 16)
     assert batch["context_ids"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_share_of_the_training_media_keeps_its_own_record(parts, work, share):
-    data = data_of(context_recipe(parts, context={**CONTEXT, "own_records": share}))
-    data.setup()
-    found: RetrievedRecords = data.lookup
-    store = found.reader.datastore
-
-    def keeping(split):
-        pairs = [(sample.media, data._embeddings.key(sample.media[0][0])) for sample in data.samples(split)]
-        return [key in store.records[int(found.ids(media)[0, 0])].keys for media, key in pairs]
-
-    kept = keeping("train")
-    assert sum(kept) == data.report.kept_own == len(store) - data.report.excluded_itself
-    assert all(kept) if share == 1.0 else 0 < sum(kept) < len(kept)
-    assert not any(keeping("test") + keeping("validation"))
-
-
-def test_media_that_are_held_out_too_never_keep_their_own_record(parts, work):
-    """Else the text of a training row would be the answer to a held-out question about the same image."""
-    shutil.copytree(parts / "pictures", "pictures")
-    rows = map(json.loads, Path("pictures/captions.jsonl").read_text().splitlines())
-    again = next(row for row in rows if row["split"] == "train")
-    question = {"image": again["image"], "question": "What?", "answer": again["caption"], "split": "test"}
-    Path("pictures/asked.jsonl").write_text(json.dumps(question))
-    recipe = context_recipe(parts, context={**CONTEXT, "own_records": 1.0})
-    sources = [{"path": "pictures/captions.jsonl"}, {"path": "pictures/asked.jsonl", "format": "vqa"}]
-    recipe["data"]["sources"] = sources
-    data = data_of(recipe)
-    data.setup()
-    found: RetrievedRecords = data.lookup
-    store = found.reader.datastore
-    (group,) = next(s.media for s in data.samples("test") if s.media[0][0].name.endswith(again["image"]))
-    key = data._embeddings.key(group[0])
-    assert any(key in record.keys for record in store.records)
-    assert not any(key in store.records[n].keys for n in found.ids([group]).flatten().tolist())
-    assert data.report.kept_own == len(store) - 1
 
 
 def test_drawn_records_are_the_same_in_every_order_and_never_the_own_one(parts, work):

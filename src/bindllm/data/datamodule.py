@@ -197,7 +197,6 @@ class BindData(LightningDataModule):
             found = self.retrieved
             self.report.records, self.report.cut_records = len(found.reader.datastore), found.reader.num_cut()
             self.report.excluded_itself, self.report.excluded_equal = found.itself, found.equal
-            self.report.kept_own = found.kept
         self.report.seconds += time.perf_counter() - started
 
     def samples(self, split: str) -> list[Sample]:
@@ -226,25 +225,12 @@ class BindData(LightningDataModule):
         self.prepare_data()
         datastore = build_datastore(self._rows["train"], self._embeddings)
         reader = RecordReader(datastore, self.tokenizer, self.context.text_length)
-        own = self._media_with_own_records() if self.context.own_records else ()
-        found = RetrievedRecords(self._embeddings, reader, self.context.records, own=own)
+        found = RetrievedRecords(self._embeddings, reader, self.context.records)
         # All at once, before the first batch.
         found.retrieve(
             group for rows in self._rows.values() for row in rows for group in row.conversation.media_groups
         )
         return found
-
-    def _media_with_own_records(self) -> set[str]:
-        """Return the content hashes of the training media that keep their own records, without any that is held out."""
-        keys = {
-            split: {self._embeddings.key(media) for row in rows for media in row.media}
-            for split, rows in self._rows.items()
-        }
-        held_out = set().union(*(found for split, found in keys.items() if split != "train"))
-        # By content, so the same in every run.
-        return {
-            key for key in keys["train"] - held_out if int(key[:8], 16) < self.context.own_records * 16**8
-        }
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Return the loader of training batches; it resumes at the trainer's position.

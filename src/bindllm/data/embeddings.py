@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bindllm.data.collate import MediaGroup
 from bindllm.data.rows import Row
-from bindllm.embeddings.datastore import Datastore, Found, Record
+from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
@@ -214,19 +214,17 @@ class RetrievedRecords:
     """A lookup that also returns the records of a datastore, for training and evaluation.
 
     The records of the media itself and those with an equal embedding are excluded: an answer must not be copied from
-    the row that it belongs to. Some training media can keep them.
+    the row that it belongs to.
 
     Args:
         embeddings: the embeddings of the data.
         reader: makes tensors of records.
         count: number of records of a media group, K.
         seed: draw the records at random instead of the nearest ones; None: the nearest ones.
-        own: content hashes of the media that keep their own records (`ContextConfig.own_records`).
 
     Attributes:
         itself: records that were excluded because they show the same media, over all media groups.
         equal: records that were excluded because of an equal embedding.
-        kept: media groups that kept their own records.
     """
 
     def __init__(
@@ -236,29 +234,18 @@ class RetrievedRecords:
         count: int,
         *,
         seed: int | None = None,
-        own: Collection[str] = (),
     ) -> None:
-        self.embeddings, self.reader, self.count, self._seed, self._own = embeddings, reader, count, seed, own
-        self.itself = self.equal = self.kept = 0
+        self.embeddings, self.reader, self.count, self._seed = embeddings, reader, count, seed
+        self.itself = self.equal = 0
         self._found: dict[MediaGroup, tuple[Tensor, Tensor]] = {}
 
     def retrieve(self, groups: Iterable[MediaGroup]) -> None:
         """Find the records of media groups, all at once."""
         wanted = [group for group in dict.fromkeys(groups) if group not in self._found]
         store, keys = self.reader.datastore, [[self.embeddings.key(m) for m in group] for group in wanted]
-        keeps = [all(key in self._own for key in own) for own in keys]
-        self.kept += sum(keeps)
-        queries = self.embeddings.lookup(wanted)
         # All of them if they are drawn: the order is random, the exclusion is the same.
         count = self.count if self._seed is None else len(store)
-        found = store.search(queries, count, keys=keys, exclude_equal=True)
-        if any(keeps):
-            every, kept = store.search(queries, count), torch.tensor(keeps)
-            ids, scores = (
-                torch.where(kept[:, None], *pair) for pair in zip(every[:2], found[:2], strict=True)
-            )
-            itself, equal = (counts.masked_fill(kept, 0) for counts in found[2:])
-            found = Found(ids, scores, itself, equal)
+        found = store.search(self.embeddings.lookup(wanted), count, keys=keys, exclude_equal=True)
         self.itself, self.equal = self.itself + int(found.itself.sum()), self.equal + int(found.equal.sum())
         for group, own, ids, scores in zip(wanted, keys, found.ids, found.scores, strict=True):
             if self._seed is not None:

@@ -234,7 +234,6 @@ class DataReport:
         cut_records: of these, with a text that is longer than the model reads.
         excluded_itself: pairs of media and record that were not retrieved because both show the same media.
         excluded_equal: the same for records with an equal embedding.
-        kept_own: media groups that kept their own records (`ContextConfig.own_records`).
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -253,7 +252,6 @@ class DataReport:
     cut_records: int = 0
     excluded_itself: int = 0
     excluded_equal: int = 0
-    kept_own: int = 0
 
     @property
     def modalities(self) -> set[str]:
@@ -281,7 +279,6 @@ class DataReport:
             "records cut to context.text_length": self.cut_records,
             "media not shown their own record": self.excluded_itself,
             "media not shown a record with an equal embedding": self.excluded_equal,
-            "media shown their own record": self.kept_own,
         }
         for note, count in notes.items():
             if count:

@@ -11,6 +11,7 @@ from bindllm.objectives.base import (
     Objective,
     answer_log_probs,
     next_token_loss,
+    unlikelihood_loss,
 )
 from bindllm.objectives.grpo import GRPO
 from bindllm.objectives.kto import KTO, kto_loss
@@ -35,4 +36,5 @@ __all__ = [
     "kto_loss",
     "log_odds",
     "next_token_loss",
+    "unlikelihood_loss",
 ]

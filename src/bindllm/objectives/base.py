@@ -222,14 +222,34 @@ def sum_by_row(values: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Ten
 
 
 class NextToken(Objective):
-    """Mean cross entropy of the supervised tokens; of a preference pair, those of the chosen answer."""
+    """Mean cross entropy of the supervised tokens; of a preference pair, those of the chosen answer.
+
+    Args:
+        unlikelihood: weight of `unlikelihood_loss` in training, against answers that repeat themselves; 0: none.
+    """
+
+    def __init__(self, unlikelihood: float = 0.0) -> None:
+        self.unlikelihood = check_positive("unlikelihood", unlikelihood) if unlikelihood else 0.0
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, per supervised token."""
+        output = self._answers(model, batch)
+        loss = next_token_loss(output.logits, output.targets)
+        if not self.unlikelihood:
+            return loss, {}
+        repeated = unlikelihood_loss(output.logits, output.targets, output.rows)
+        return loss + self.unlikelihood * repeated, {"unlikelihood": repeated.detach()}
+
+    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
+        """Return the mean cross entropy of a held-out batch, so that it does not depend on the settings."""
+        output = self._answers(model, batch)
+        return next_token_loss(output.logits, output.targets), self.count(batch), {}
+
+    @staticmethod
+    def _answers(model: BindLLM, batch: Batch) -> BindOutput:
         # The first rows are the answers to imitate; rejected ones of pairs follow them.
         rows = len(batch["numbers"])
-        output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
-        return next_token_loss(output.logits, output.targets), {}
+        return model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
 
     def count(self, batch: Batch) -> int:
         """Return the number of supervised tokens."""
@@ -261,3 +281,29 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
         )
     # In float32: a sum over a large vocabulary loses its small terms in bfloat16.
     return nn.functional.cross_entropy(logits.to(torch.float32), targets)
+
+
+def unlikelihood_loss(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+    """Return how likely a model repeats tokens of its answer, ``-log(1 - p)`` summed over them, per supervised token.
+
+    At each position these are the earlier supervised tokens of the row that are not the target: token-level
+    unlikelihood of Welleck et al. (arXiv 1908.04319, section 5.1), but each time a token was said counts.
+
+    Args:
+        logits: at the positions that predict a supervised token, [N, V], any float dtype.
+        targets: the supervised tokens, [N].
+        rows: the row of each, [N].
+
+    Returns:
+        A float32 scalar.
+
+    Examples:
+        >>> likely = torch.zeros(2, 8)
+        >>> round(unlikelihood_loss(likely, torch.tensor([0, 5]), torch.tensor([0, 0])).item(), 4)  # log(8 / 7) / 2
+        0.0668
+    """
+    said = (rows[:, None] == rows).tril(-1) & (targets[:, None] != targets)
+    # Only N columns of the vocabulary are needed, not a copy of all logits.
+    log_probs = logits[:, targets].float() - logits.float().logsumexp(-1, keepdim=True)
+    unlikely = torch.log(-torch.expm1(log_probs.clamp(max=-1e-6)))
+    return -torch.where(said, unlikely, 0).sum() / len(targets)

@@ -155,8 +155,6 @@ class RunPlan:
             model = BindLLM(decoder, None, self.decoder, encoders=self.encoders, **parts)
         # The steps that take the most memory have all bind tokens.
         model.bind.drops_tokens = False
-        if model.context is not None:
-            model.context.draws_records = False
         model.set_trainable(self.trainable)
         if self.checkpointing:
             model.checkpoint_activations()

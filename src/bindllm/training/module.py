@@ -27,6 +27,7 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.context import ContextConfig
+from bindllm.model.context.draws import draw_records
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.objectives import NextToken, Objective
@@ -169,8 +170,6 @@ class BindModule(LightningModule):
             cache_config=self.cache_config,
         )
         self.model.bind.drops_tokens = self.objective.drops_tokens
-        if self.model.context is not None:
-            self.model.context.draws_records = self.objective.drops_tokens
         # The order of construction is fixed: decoder, adapter, injection; then the groups, then earlier weights.
         self.model.set_trainable(self.trainable)
         # Hooks of the injection are in place by now: recomputed layers must add the same bind tensors.
@@ -224,6 +223,9 @@ class BindModule(LightningModule):
         """Return the loss of a batch, weighted among the batches of its step."""
         # Columns that the objective has prepared, looked up by the numbers of the rows.
         batch = self.objective.add_reference(batch, "train")
+        # Not for objectives that compare two passes over the same rows.
+        if self.model.context is not None and self.objective.drops_tokens:
+            batch = draw_records(batch, self.model.context.config, self.tokenizer)
         loss, metrics = self.objective.loss(self.model, batch)
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
         self.log_dict({f"train_{name}": value for name, value in metrics.items()})

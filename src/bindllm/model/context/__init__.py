@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bindllm.encoders.tokens import add_positions
 from bindllm.errors import InputError
-from bindllm.model.bind_network import BindConfig, LatentBlock, draw_alone, start_at_unit_size
+from bindllm.model.bind_network import BindConfig, LatentBlock, start_at_unit_size
 
 NO_TOKEN = -1
 """Token id of padding in the texts of records."""
@@ -54,16 +54,16 @@ class ContextConfig:
     text_length: int = 32
     """Tokens of a record's text that are read; longer texts are cut, and counted."""
 
-    own_records: float = 0.0
-    """Share of the training media, 0 to 1, whose nearest record is their own, so that its text is the answer: the model
-    learns to copy a record that fits. The others never find their own."""
+    copied: float = 0.0
+    """Share of the media in a training step, 0 to 1, whose nearest record gets the answer as its text, in half of them
+    with random words in both: so the model learns to copy (`bindllm.model.context.draws`)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.own_records <= 1:
-            raise InputError(f"context.own_records is {self.own_records}, expected a share from 0 to 1")
+        if not 0 <= self.copied <= 1:
+            raise InputError(f"context.copied is {self.copied}, expected a share from 0 to 1")
         for field in fields(self):
             value = getattr(self, field.name)
-            if (field.name == "latents" and value == "all") or field.name == "own_records":
+            if (field.name == "latents" and value == "all") or field.name == "copied":
                 continue
             if type(value) is not int or not 1 <= value <= _MOST:
                 raise InputError(
@@ -83,14 +83,12 @@ class ContextNetwork(nn.Module):
     Attributes:
         config: the settings.
         output_size: ``C``, width of the context tokens: ``D``, and behind it what only keys are made of.
-        draws_records: whether a training step draws the number of records that it reads, and the groups that go without
-            any. False for objectives that compare two passes over the same rows.
     """
 
     def __init__(self, config: ContextConfig, output_size: int) -> None:
         super().__init__()
         self.output_size = output_size
-        self.config, self._num_records, self.draws_records = config, config.records, True
+        self.config, self._num_records = config, config.records
 
     @property
     def num_records(self) -> int:
@@ -113,8 +111,6 @@ class ContextNetwork(nn.Module):
     ) -> Tensor | None:
         """Return context tokens as `forward` does; None without records, so that nothing is added.
 
-        A step of training reads the first records only; their number is drawn.
-
         Args:
             query: unit embedding of each media group, [B, M, E].
             embeddings: unit embeddings of its records, nearest first, [B, M, K, E]; rows of zeros are no records.
@@ -122,19 +118,12 @@ class ContextNetwork(nn.Module):
             ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
             embed: the word embeddings of token ids.
         """
-        trains = self.training and torch.is_grad_enabled()
         if embeddings is None:
-            if not trains:
+            if not (self.training and torch.is_grad_enabled()):
                 return None
             # An absent record, so that every trained tensor has a gradient: DDP waits for it.
             embeddings, scores = query.new_zeros(*query.shape[:2], 1, query.shape[2]), query[..., :1]
             ids = torch.full((*query.shape[:2], 1, 1), NO_TOKEN, device=query.device)
-        elif trains and self.draws_records:
-            count = int(torch.randint(1, embeddings.shape[2] + 1, (), device="cpu"))
-            embeddings, scores, ids = (x[:, :, :count] for x in (embeddings, scores, ids))
-            # So that a model can do without records too: zeros are no records.
-            absent = draw_alone(embeddings.shape[:2]).to(embeddings.device)
-            embeddings = embeddings.masked_fill(absent[..., None, None], 0)
         embeddings, scores, ids = (x.to(query.device) for x in (embeddings, scores, ids))
         return self(embeddings, scores, ids != NO_TOKEN, embed(ids.clamp(min=0)))
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bindllm.conversation import end_tokens
 from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore
 from bindllm.errors import InputError
 from bindllm.model.context import NO_TOKEN
@@ -54,8 +55,9 @@ class RecordReader:
         return embeddings, scores, tokens
 
     def tokens(self, row: int) -> list[int]:
-        """Return the token ids of a record's text, cut to the greatest length."""
-        return self._encode(row)[: self.text_length]
+        """Return the token ids of a record's text and of the end of an answer, cut to the greatest length."""
+        # A model that copies a text has to copy its end too.
+        return [*self._encode(row), end_tokens(self.tokenizer)[0]][: self.text_length]
 
     def num_cut(self) -> int:
         """Return the number of records whose text is longer than is read."""

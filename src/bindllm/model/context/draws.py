@@ -1,0 +1,75 @@
+"""The draws of a training step: how many records it reads, the groups without any, and those that learn to copy.
+
+A model that knows the answers to its training images has no need of records, so it would learn to ignore them. Some
+groups therefore get a record whose text is the answer, and half of these an answer of random words, which only the
+record tells: as the made-up names of Link-Context Learning (arXiv 2308.07891, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bindllm.conversation import control_tokens
+from bindllm.model.bind_network import draw_alone
+from bindllm.model.context import NO_TOKEN, ContextConfig
+
+_IGNORED = -100
+_RANDOM_WORDS = 0.5
+"""Share of the copied answers whose words are replaced."""
+
+
+def draw_records(
+    batch: Mapping[str, Tensor], config: ContextConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Return a training batch with the records that its step reads; a batch without records stays as it is.
+
+    Args:
+        batch: a batch of `bindllm.data.collate.collate`.
+        config: settings of the context.
+        tokenizer: of the decoder.
+    """
+    if "context_ids" not in batch:
+        return dict(batch)
+    # The nearest ones only; any number at inference.
+    count = int(torch.randint(1, batch["context_ids"].shape[2] + 1, (), device="cpu"))
+    names = ("context_embeddings", "context_scores", "context_ids")
+    embeddings, scores, texts = (batch[name][:, :, :count] for name in names)
+    # So that a model can do without records too: zeros are no records.
+    absent = draw_alone(embeddings.shape[:2]).to(embeddings.device)
+    embeddings = embeddings.masked_fill(absent[..., None, None], 0)
+    found = {**batch, **dict(zip(names, (embeddings, scores, texts), strict=True))}
+    copies = torch.rand(absent.shape, device="cpu") < config.copied
+    return _copy_answers(found, copies & embeddings.any(-1)[:, :, 0].cpu(), config.text_length, tokenizer)
+
+
+def _copy_answers(
+    batch: dict[str, Tensor], chosen: Tensor, text_length: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Make the answer about each chosen media group, bool [B, M], the text of its first record."""
+    texts = batch["context_ids"]
+    texts = F.pad(texts, (0, max(0, text_length - texts.shape[-1])), value=NO_TOKEN)
+    ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+    control = {*control_tokens(tokenizer).values()}
+    for row, group in chosen.nonzero().tolist():
+        is_answer = (labels[row] != _IGNORED) & (batch["media_index"][row] == group)
+        said = labels[row][is_answer][: texts.shape[-1]]
+        if not len(said):
+            continue
+        texts[row, group, 0] = NO_TOKEN
+        texts[row, group, 0, : len(said)] = said
+        if torch.rand((), device="cpu") >= _RANDOM_WORDS:
+            continue
+        for word in {*said.tolist()} - control:
+            other = int(torch.randint(len(tokenizer), (), device="cpu"))
+            if other in control:
+                continue
+            # Also in the other records of the group: where words are shared, they stay shared.
+            texts[row, group][texts[row, group] == word] = other
+            for values in (ids[row], labels[row]):
+                values[is_answer & (values == word)] = other
+    return {**batch, "context_ids": texts, "input_ids": ids, "labels": labels}
