@@ -198,6 +198,7 @@ def test_turns_after_the_last_answer_are_skipped_with_their_media(read):
             [user(image("file://host/a.png")), ANSWER],
             "but a file: URL of another machine: file://host",
         ),
+        ([user(image("file://[x/a.png")), ANSWER], "but a file: URL that cannot be read"),
         (
             [user({"type": "input_audio", "input_audio": {"data": "gone.wav"}}), ANSWER],
             "no such audio file: gone.wav",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import io
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -128,6 +130,8 @@ def test_open_files_and_data_uris_are_the_bytes_of_the_file(tmp_path):
         hashes = {Media.image(source).content_hash() for source in sources}
     assert hashes == {Media.image(content).content_hash()}
     assert Media.text("data:,x").source == "data:,x"
+    # Half of a surrogate pair is no error of its own; the file then cannot be decoded.
+    assert Media.image("data:,x\ud800").source == b"x\xed\xa0\x80"
     with pytest.raises(MediaError, match="has no data, or data that are not base64"):
         Media.image("data:image/png;base64,!!")
     with pytest.raises(InputError, match="open it with mode 'rb'"):
@@ -159,10 +163,16 @@ def test_samples_with_their_rate():
     ):
         assert Media.audio(other).content_hash() == media.content_hash()
     assert media.content_hash() != Media.audio(tone).content_hash()
+    # A part has the rate of the whole, and so has a copy, such as that for another process.
+    for other in (pickle.loads(pickle.dumps(media)), copy.deepcopy(media), Media.audio(media.source[:])):
+        assert other.content_hash() == media.content_hash()
     assert Media.audio(tone, sampling_rate=16_000).content_hash() == Media.audio(tone).content_hash()
     for source, rate, words in (
         (tone, 0, "expected samples a second"),
         ("a.wav", 8_000, "has a rate of its own"),
+        # Also the rate that arrays have by default.
+        ("a.wav", 16_000, "has a rate of its own"),
+        (media.source, 16_000, "have the rate 44100 already"),
     ):
         with pytest.raises(InputError, match=words):
             Media.audio(source, sampling_rate=rate)

@@ -60,13 +60,21 @@ class Waveform(np.ndarray):
         44100
     """
 
-    rate: int
+    rate: int = ARRAY_RATE
 
     def __new__(cls, samples: np.ndarray, rate: int) -> Self:
         """Return a view of the samples with a rate, in samples a second."""
         view = np.asarray(samples).view(cls)
         view.rate = rate
         return view
+
+    def __array_finalize__(self, other: Any) -> None:
+        """Keep the rate in slices and other views."""
+        self.rate = getattr(other, "rate", ARRAY_RATE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the rate in copies, such as those for another process."""
+        return Waveform, (np.asarray(self), self.rate)
 
 
 def plain_source(modality: str, source: Any) -> Any:
@@ -94,7 +102,7 @@ def plain_source(modality: str, source: Any) -> Any:
             return content
         case Mapping() if modality == "audio" and source.get("array") is not None:
             samples = plain_source(modality, source["array"])
-            return with_rate(np.asarray(samples), source.get("sampling_rate"))
+            return with_rate(np.asanyarray(samples), source.get("sampling_rate"))
     # Looked up, so that media do not import torch: without it there are no tensors.
     torch = sys.modules.get("torch")
     return _from_tensor(modality, source) if torch and isinstance(source, torch.Tensor) else source
@@ -106,13 +114,17 @@ def with_rate(source: Any, rate: int | None) -> Any:
     Raises:
         InputError: the rate is not a whole number above 0, or the source is not an array: a file has a rate of its own.
     """
-    if rate in (None, ARRAY_RATE):
+    if rate is None:
         return source
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or rate < 1:
         raise InputError(f"sampling_rate is {rate!r}; expected samples a second, such as 44100")
     if not isinstance(source, np.ndarray):
         raise InputError(f"sampling_rate belongs to an array; {name_of(source)} has a rate of its own")
-    return Waveform(source, int(rate))
+    if isinstance(source, Waveform) and source.rate != rate:
+        raise InputError(
+            f"sampling_rate is {rate}, and the samples have the rate {source.rate} already; give one"
+        )
+    return source if rate == ARRAY_RATE else Waveform(source, int(rate))
 
 
 def _from_tensor(modality: str, tensor: Any) -> np.ndarray:
@@ -153,7 +165,7 @@ def local_path(address: str) -> str:
     """Return the path that a ``file:`` URL names; any other text is a path already.
 
     Raises:
-        MediaError: a web address, or a file: URL of another machine.
+        MediaError: a web address, or a file: URL of another machine or with a fault.
 
     Examples:
         >>> local_path("file:///data/a%20cat.png"), local_path("a:cat.png")
@@ -165,7 +177,10 @@ def local_path(address: str) -> str:
         raise MediaError("a web address; download it first and give its path: runs are offline")
     if scheme != "file":
         return address
-    url = urlsplit(address)
+    try:
+        url = urlsplit(address)
+    except ValueError as error:
+        raise MediaError(f"a file: URL that cannot be read ({error}); give the path") from error
     if url.netloc not in ("", "localhost"):
         raise MediaError("a file: URL of another machine")
     # It spells special characters as %20 and so on.
@@ -196,7 +211,8 @@ def read_data_uri(uri: str) -> bytes:
     is_base64 = head.lower().endswith(";base64")
     # Few writers escape the characters + / = of base64.
     text = unquote_to_bytes(data).decode("latin-1") if "%" in data and is_base64 else data
-    content = from_base64(text) if is_base64 else unquote_to_bytes(data)
+    # Half of a surrogate pair has no bytes in UTF-8.
+    content = from_base64(text) if is_base64 else unquote_to_bytes(data.encode(errors="surrogatepass"))
     if not comma or not content:
         fault = "has no comma before its data" if not comma else "has no data, or data that are not base64"
         raise MediaError(f"a data: URI {fault}; expected data:image/png;base64,iVBORw0...")
