@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from test_huggingface import bert, clip
 from torch.nn.functional import normalize
 
 from bindllm.encoders import SentenceTransformers
+from bindllm.encoders.hub import _DOWNLOADED
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -46,6 +48,17 @@ def test_texts_through_a_dense_layer(sentences):
         embed(short, "text", TEXTS), normalize(expected[:, :8], dim=-1), atol=1e-5, rtol=1e-4
     )
     assert short.fingerprint() != encoder.fingerprint()
+    # A chat template writes the texts that the model reads.
+    (sentences / "chat_template.jinja").write_text("{{ messages }}")
+    assert SentenceTransformers(str(sentences)).fingerprint() != encoder.fingerprint()
+
+
+def test_all_files_of_a_pipeline_are_downloaded(sentences):
+    (sentences / "chat_template.jinja").write_text("{{ messages }}")
+    files = {file.relative_to(sentences).as_posix() for file in sentences.rglob("*") if file.is_file()}
+    assert "2_Dense/model.safetensors" in files
+    kept = filter_repo_objects([*files, "model.bin"], **_DOWNLOADED["encoder"])
+    assert set(kept) == files - {"README.md"}
 
 
 def test_images_and_texts_of_a_joint_model(tmp_path):

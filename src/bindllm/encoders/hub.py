@@ -60,11 +60,9 @@ _SETTINGS = (
 _IMPLEMENTATIONS = {
     f"{kind}_implementation{end}" for kind in ("attn", "_attn", "_experts") for end in ("", "_internal")
 }
-# Pickled weights are never downloaded, for either role.
-_DOWNLOADED = {
-    "encoder": {"allow_patterns": ["*.json", "*.txt", "*.model", "model*.safetensors"]},
-    "decoder": {"ignore_patterns": ["*.bin", "*.pth"]},
-}
+# Pickled weights are never downloaded, for either role. Modules of sentence-transformers have folders such as 2_Dense.
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "*[0-9]_*/model*.safetensors"]
+_DOWNLOADED = {"encoder": {"allow_patterns": _FILES}, "decoder": {"ignore_patterns": ["*.bin", "*.pth"]}}
 # Processors of images that only resize, rescale and normalize, but need torchvision.
 _PLAIN = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
 _PIXELS = (

@@ -27,6 +27,8 @@ _REVISION = "sentence-transformers 1"
 
 _SERVED = ("text", "image", "audio", "video")
 _OWN = "sentence_transformers."
+_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab")
+"""Endings of the settings, the tokenizer and the chat template of a folder."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -104,16 +106,14 @@ class SentenceTransformers:
         return self._encode(first, [example]).shape[1]
 
     def fingerprint(self) -> str:
-        """Return the sha256 of all files of the folder, the settings, and the version of this code."""
+        """Return the sha256 of weights, settings and tokenizer of the folder, the arguments, and the code's version."""
         return self._fingerprint
 
     @once
     def _fingerprint(self) -> str:
         settings = {key: self.config[key] for key in ("dimensions", "prompt", "audio_rate", "frames")}
         parts: list[str | Path] = []
-        for file in sorted(
-            file for file in self._folder.rglob("*") if file.suffix in (".json", ".txt", ".model")
-        ):
+        for file in sorted(file for file in self._folder.rglob("*") if file.suffix in _SETTINGS):
             parts += [file.relative_to(self._folder).as_posix(), file]
         for file in sorted(self._folder.rglob("*.safetensors")):
             parts += [file.relative_to(self._folder).as_posix(), file]
