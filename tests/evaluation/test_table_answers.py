@@ -5,12 +5,14 @@ import io
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bindllm import Media
+from bindllm.cache.visual_cache import VisualCache
 from bindllm.cli import main
 from bindllm.errors import InputError
 from bindllm.evaluation.answering.log import AnswerLog
@@ -102,6 +104,9 @@ def test_an_interrupted_table_resumes_and_gives_the_same_file(model, home, monke
             # Half of a line is in the file.
             with self.own.open("a") as stream:
                 stream.write('{"row": 1')
+                stream.flush()
+                # The cut is inside a character.
+                stream.buffer.write("é".encode()[:1])
             raise KeyboardInterrupt
         calls.append(append(self, lines))
 
@@ -137,6 +142,25 @@ def test_another_run_is_refused(model, home):
         generate_table(model, given, "answers.csv", **SHORT)
     with pytest.raises(InputError, match="unknown option 'max_tokens'"):
         generate_table(model, given, "new.jsonl", max_tokens=3)
+    # The options of loading change answers too.
+    info = SimpleNamespace(fingerprint="0" * 64, count=4)
+    model.cache = VisualCache(SimpleNamespace(info=info), weight=0.25)
+    with pytest.raises(InputError, match="was started with cache None .now .CacheSettings.*weight=0.25"):
+        generate_table(model, given, "answers.jsonl", **SHORT)
+
+
+def test_options_in_columns_of_letters_and_paths_that_are_not_unicode(model, home):
+    letters = {"A": "red", "B": "blue", "C": None}
+    given = [
+        {"question": "Which?", **letters},
+        {"question": "Why?", "A": "", "B": None},
+        {"image": "\ud800.png"},
+    ]
+    assert generate_table(model, given, "answers.jsonl", **SHORT) == TableAnswers(3, 1)
+    lines = read("answers.jsonl")
+    assert lines[0]["prompt"] == "Question: Which?\nOptions: (A) red (B) blue"
+    assert lines[1]["prompt"] == "Why?"
+    assert lines[2]["error"] == "no such image file: \ud800.png"
 
 
 def test_a_repaired_file_is_tried_again(model, home):

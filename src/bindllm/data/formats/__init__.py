@@ -321,6 +321,14 @@ def _answers(fields: Fields) -> list[str]:
     return answers
 
 
+def has_options(fields: Fields) -> bool:
+    """Tell whether a record has options, in one of the forms of `options_of`; empty columns of letters are none."""
+    if fields.value("choices") is not None:
+        return True
+    texts = [as_text(fields.record.get(letter), letter) for letter in ascii_uppercase]
+    return "A" in fields.record and "B" in fields.record and any(texts)
+
+
 def options_of(fields: Fields) -> tuple[tuple[str, ...], list[str]]:
     """Return the options, "" for an empty one, and the record's own names of them, as in ARC, if it has any.
 

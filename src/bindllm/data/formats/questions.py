@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bindllm.conversation import INPUT_HEADER, Conversation
 from bindllm.conversation.messages import BETWEEN, RowError, Verbatim, parse_messages
-from bindllm.data.formats import QUESTION, listing, options_of, sharegpt_turns
+from bindllm.data.formats import QUESTION, has_options, listing, options_of, sharegpt_turns
 from bindllm.data.formats.columns import Fields, as_list, json_list
 
 
@@ -53,7 +53,7 @@ def _content(fields: Fields) -> list[str]:
         if QUESTION in frame:
             raise RowError(f"no question for the {QUESTION} of the prompt")
         return [frame]
-    if fields.value("choices") is not None:
+    if has_options(fields):
         return [f"Question: {text}", Verbatim(listing(options_of(fields)[0], fields.text("hint")))]
     if given := fields.text("input"):
         # As in the public texts of Alpaca, whose column is called so.

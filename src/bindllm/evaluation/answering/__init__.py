@@ -7,9 +7,10 @@ batch size, so an evaluation that skips batches which are done gives the answers
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -130,6 +131,18 @@ def choice_batches(
             best = int(likely.argmax())
             choices.append(Choice(answers[best], float(likely.softmax(0)[best])))
         yield _to_all(positions, choices)
+
+
+def loaded_settings(model: BindLLM) -> dict[str, Any]:
+    """Return the settings of a loaded model that change its answers and are not a part of its fingerprint."""
+    tokens = model.bind.num_tokens
+    found: dict[str, Any] = {"tokens": "all" if tokens == sys.maxsize else tokens}
+    if model.context is not None:
+        store = model.datastore
+        records = "" if store is None else repr([(record.keys, record.texts) for record in store.records])
+        found["records"] = 0 if store is None else model.context.num_records
+        found["datastore"] = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return found
 
 
 def input_digests(samples: Sequence[Sample], lookup: Lookup) -> list[bytes]:

@@ -98,13 +98,13 @@ class AnswerLog:
 
     def append(self, lines: Iterable[Line]) -> None:
         """Add the lines of a batch."""
-        with self.own.open("a", encoding="utf-8") as stream:
-            stream.write("".join(map(_text, lines)))
+        with self.own.open("ab") as stream:
+            stream.write(b"".join(map(_bytes, lines)))
 
     def finish(self, facts: Mapping[str, Any], lines: Iterable[Line]) -> None:
         """Write all lines in their order, and the facts."""
-        with atomic_file(self.lines) as part, part.open("w", encoding="utf-8") as stream:
-            stream.writelines(map(_text, lines))
+        with atomic_file(self.lines) as part, part.open("wb") as stream:
+            stream.writelines(map(_bytes, lines))
         for file in self.files[1:]:
             file.unlink()
         write_json(self.facts, {**facts, "complete": True})
@@ -118,7 +118,8 @@ def read_lines(path: Path, *, is_finished: bool = False) -> list[Line]:
     """
     lines = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").split("\n"):
+        # Line by line in bytes, since an interruption may cut a line inside a character.
+        for text in path.read_bytes().split(b"\n"):
             try:
                 lines.append(json.loads(text))
             except ValueError as error:
@@ -128,5 +129,6 @@ def read_lines(path: Path, *, is_finished: bool = False) -> list[Line]:
     return lines
 
 
-def _text(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def _bytes(line: Line) -> bytes:
+    # Half of a surrogate pair, such as one in a path of a table, stays the escape of JSON.
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -27,6 +27,7 @@ from bindllm.data.source_config import SourceConfig
 from bindllm.data.tables import read_table
 from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import InputError, MediaError
+from bindllm.evaluation.answering import loaded_settings
 from bindllm.evaluation.answering.log import AnswerLog, Line
 from bindllm.media import MODALITIES
 from bindllm.model.bindllm import BindLLM
@@ -113,7 +114,7 @@ def generate_table(
     settings = {"batch_size": batch_size, "log_probability": log_probability, **check_options(options)}
     if log_probability and (options.get("num_return_sequences") or 1) > 1:
         raise InputError("log_probability is that of one answer for each row: leave num_return_sequences out")
-    facts = _facts(model, config, settings)
+    facts = _facts(model, config, {**settings, **loaded_settings(model), "cache": _cache(model)})
     with log.locked() if processes.is_first else nullcontext():
         if processes.is_first:
             log.start(facts)
@@ -156,7 +157,7 @@ def _log(output: Path, processes: Processes, config: SourceConfig) -> AnswerLog:
 def _facts(model: BindLLM, config: SourceConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts that decide on the answers."""
     settings = {"prompt": config.prompt, **settings}
-    # Objects, such as a cache, count by their text.
+    # Objects, such as a stopping criterion, count by their text.
     plain = {
         name: value if isinstance(value, str | int | float | list | None) else str(value)
         for name, value in settings.items()
@@ -168,6 +169,15 @@ def _facts(model: BindLLM, config: SourceConfig, settings: Mapping[str, Any]) ->
         "checkpoint_fingerprint": fingerprint_checkpoint(model.describe(), model.trainable_state()),
         "settings": plain,
     }
+
+
+def _cache(model: BindLLM) -> str | None:
+    """Return the visual cache of a model in words: its settings and its index, wherever that is; None: no cache."""
+    if model.cache is None:
+        return None
+    info = model.cache.index.info
+    content = getattr(info, "sha256", "") or f"{info.count} images"
+    return f"{model.cache.settings}, encoder {info.fingerprint[:12]}, {content[:12]}"
 
 
 def _joined(lines: Iterable[Line], number: int) -> list[Line]:
@@ -211,7 +221,8 @@ def _read(
         return _Row(number, {**line, "error": str(error)}, None)
     text = next((m.text for m in reversed(question.messages) if m.role == "user"), "")
     # The question that a line answers: a changed table must not mix two.
-    asked = repr([(message.role, message.content) for message in question.messages])
+    asked = repr([(m.role, m.content, *([m.fields] if m.fields else [])) for m in question.messages])
+    asked += repr(question.tools) if question.tools else ""
     line["prompt_sha256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
     return _Row(number, {**line, "prompt": text, **({"notes": list(remarks)} if remarks else {})}, question)
 

@@ -30,7 +30,15 @@ from bindllm.data.formats import answer_of
 from bindllm.data.rows import Sample, make_sample
 from bindllm.encoders import encoder_for
 from bindllm.errors import InputError, check_choice
-from bindllm.evaluation.answering import Answers, Choice, Choices, Sampling, answer_batches, choice_batches
+from bindllm.evaluation.answering import (
+    Answers,
+    Choice,
+    Choices,
+    Sampling,
+    answer_batches,
+    choice_batches,
+    loaded_settings,
+)
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
@@ -211,16 +219,8 @@ def _start(folder: EvaluationFolder, facts: Mapping[str, Any], stack: ExitStack)
 
 def _choices(model: BindLLM, settings: Settings) -> dict[str, Any]:
     """Return the choices of a caller that change the answers, and that the fingerprint of the model does not cover."""
-    tokens = model.bind.num_tokens
-    found: dict[str, Any] = {"tokens": "all" if tokens == sys.maxsize else tokens}
     # Of samples, only the answer that the parser's votes have chosen is kept: another parser cannot read it again.
-    found["voted_by"] = settings.parser if settings.samples else None
-    if model.context is not None:
-        store = model.datastore
-        records = "" if store is None else repr([(record.keys, record.texts) for record in store.records])
-        found["records"] = 0 if store is None else model.context.num_records
-        found["datastore"] = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return found
+    return {**loaded_settings(model), "voted_by": settings.parser if settings.samples else None}
 
 
 def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes) -> Lookup:
