@@ -17,6 +17,7 @@ from bindllm.model.decoder import DecoderConfig
 from bindllm.model.generation.scores import UNSURE
 from bindllm.model.injection import InjectConfig
 from bindllm.model.injection.probe import probe
+from bindllm.shots import Shot
 from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_model
 
 MAMBA = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
@@ -667,6 +668,25 @@ def test_doubtful_answers_about_media_are_replaced(any_kind):
     assert model.generate(*batch, **options, min_probability=1) == [UNSURE, UNSURE, plain[2]]
     several = {**options, "do_sample": True, "num_return_sequences": 2, "min_probability": 1}
     assert model.generate("What?", [image("red")], **several) == [UNSURE, UNSURE]
+    # Text only, also after a worked example with media.
+    text, shots = {**options, "min_probability": 1}, [Shot("What?", "red", media=[image("red")])]
+    assert model.generate("What?", **text) == plain[2]
+    assert model.generate("What?", shots=shots, **text) == model.generate("What?", shots=shots, **options)
+
+
+def test_padding_after_a_stop_string_is_not_doubted(decoder, monkeypatch):
+    model = build(decoder)
+    # Certain of its answers, unlike of padding.
+    model.decoder.get_output_embeddings().weight.data *= 20
+    batch = ["What?", "Tell me, what is it?"], [[image("red")], [image("blue")]]
+    first, other = model.generate(*batch, max_new_tokens=8)
+    stop = next(char for char in first[:-1] if char.isascii() and char not in other)
+    options = {"max_new_tokens": 8, "stop_strings": stop}
+    cut = model.generate("What?", batch[1][0], **options)
+    assert len(cut) < len(first)
+    for ends in (model.settings.eos_token_id, [model.tokenizer.pad_token_id]):
+        monkeypatch.setattr(model.settings, "eos_token_id", ends)
+        assert model.generate(*batch, **options, min_probability=0.1)[0] == cut
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

@@ -382,7 +382,8 @@ class BindLLM(nn.Module):
         answers = self.generate_from(*batch, **records, **options)
         texts = self.decode(answers)
         if least:
-            texts = replace_unsure(self, batch, records, answers, texts, least)
+            stop = options.get("stop_strings")
+            texts = replace_unsure(self, batch, records, answers, texts, least, stop)
         # Several returned sequences of one prompt stay a list.
         return texts[0] if is_one(prompt) and len(texts) == 1 else texts
 

@@ -122,6 +122,7 @@ def replace_unsure(
     answers: Tensor,
     texts: Sequence[str],
     least: float,
+    stop: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Return answers, with `UNSURE` in place of those about media with a token that is less likely than ``least``.
 
@@ -134,7 +135,12 @@ def replace_unsure(
         answers: ids of the answers, [N, A]; N is a multiple of B.
         texts: of the answers, N of them.
         least: probability, 0 to 1.
+        stop: strings that end an answer.
     """
+    # An answer listens to the media of its last token: after shots with media, a question may have none.
+    about_media = batch[2][:, -1].repeat_interleave(len(answers) // len(batch[2])) >= 0
+    if not about_media.any():
+        return list(texts)
     names = ("input_ids", "attention_mask", "media_index", "embeddings", "tokens")
     answers, inputs = answers.to(model.device), dict(zip(names, batch, strict=True)) | records
     inputs = {
@@ -145,6 +151,14 @@ def replace_unsure(
     ended = torch.isin(answers, torch.tensor(model.settings.eos_token_id, device=model.device))
     # The end of an answer counts, the padding after it does not.
     own = ended.cumsum(1) - ended.long() == 0  # [N, A]
+    # After a stop string all is padding, which may look like an end.
+    stops = [stop] if isinstance(stop, str) else stop or ()
+    raw = [
+        model.tokenizer.decode(row[keep], skip_special_tokens=True)
+        for row, keep in zip(answers, own, strict=True)
+    ]
+    stopped = torch.tensor([any(one in text for one in stops) for text in raw], device=model.device)[:, None]
+    own &= ~(stopped & (ended | (answers == model.tokenizer.pad_token_id)))
     index = inputs["media_index"]
     added = {
         "input_ids": answers,
@@ -155,5 +169,6 @@ def replace_unsure(
     inputs["labels"] = torch.cat([torch.full_like(index, IGNORED), answers.masked_fill(~own, IGNORED)], 1)
     output = model(**inputs)
     found = output.logits.float().softmax(-1).gather(1, output.targets[:, None])[:, 0]
-    doubtful = {*output.rows[found < least].tolist()} & {*(index >= 0).any(1).nonzero()[:, 0].tolist()}
-    return [UNSURE if n in doubtful else text for n, text in enumerate(texts)]
+    doubtful = {*output.rows[found < least].tolist()}
+    pairs = zip(texts, about_media.tolist(), strict=True)
+    return [UNSURE if about and n in doubtful else text for n, (text, about) in enumerate(pairs)]
