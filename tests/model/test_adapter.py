@@ -19,6 +19,9 @@ from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.injection.attend import RUNNING
 from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model
 
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4, "qk_nope_head_dim": 8}
+LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+LATENT |= {"num_experts_per_tok": 2}
 KINDS = {
     "lora": {"bias": True},
     "rslora": {"alpha": 8.0, "rslora": True},
@@ -133,6 +136,27 @@ def test_media_only_leaves_text_to_the_base_model(family):
     # Nothing of the last forward is left, neither for the next one nor in memory.
     assert RUNNING.get() is None
     assert torch.equal(decoder(IDS).logits, base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), [("qwen3", {}), ("olmo2", {}), ("deepseek_v3", LATENT)])
+def test_media_only_norms_of_bind_tokens_are_the_tuned_ones(family, changes):
+    found = []
+    for media_only in (True, False):
+        torch.manual_seed(0)
+        decoder = tiny_decoder(family, **changes)
+        for parameter in (
+            Adapter(decoder, AdapterConfig(rank=4, media_only=media_only, targets=["o_proj"]))
+            .parameters()
+            .values()
+        ):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        injection = Injection(decoder, InjectConfig("attend"))
+        injection.gates.fill_(1)
+        bind = torch.randn(2, 1, 3, decoder.config.hidden_size)
+        ids = IDS[:, :1].expand(-1, 8)
+        found.append(decoder(ids, bind=bind, media_index=torch.zeros_like(ids)).logits)
+    torch.testing.assert_close(*found)
 
 
 def test_media_only_with_activation_checkpointing_has_the_same_gradients(tmp_path):

@@ -98,6 +98,12 @@ def plain_projection(projection: nn.Module) -> nn.Module:
     return dict(projection.named_children()).get("base_layer", projection)
 
 
+def tuned_norm(norm: nn.Module) -> nn.Module:
+    """Return a norm as the adapter has tuned it, without the hooks of the adapter, which expect tokens of the text."""
+    copies = dict(norm.named_children()).get("modules_to_save")
+    return norm if copies is None else next(iter(copies.values()))
+
+
 def input_width(projection: nn.Module) -> int:
     """Return the number of features that a projection takes."""
     plain = plain_projection(projection)
@@ -167,20 +173,27 @@ class Heads:
         projection = plain_projection(self._attention.get_submodule(path))
         if self._shape.split is _latent:
             latent = plain_projection(self.source).forward(x)
-            x = self._attention.get_submodule(_LATENT_NORM)(latent[..., : input_width(projection)])
+            norm = tuned_norm(self._attention.get_submodule(_LATENT_NORM))
+            x = norm(latent[..., : input_width(projection)]).to(latent.dtype)
             # LongCat.
             x = x * vars(self._attention).get("mla_scale_kv_lora", 1)
+        # MiMo has keys of another size than its values.
+        is_own = part == "key" and self._shape.split is _separate
+        size = (is_own and vars(self._attention).get("head_dim")) or self.size
         # Not a call, whose hooks would take bind tokens for tokens of the text if one projection makes all three.
-        return self._shape.split(projection.forward(x), part, self.num_heads, self.size)
+        return self._shape.split(projection.forward(x), part, self.num_heads, size)
 
     def _normalized(self, part: str, heads: Tensor) -> Tensor:
         """Apply a family's norm to heads [..., H, k]: to each (Qwen3), or to all as one (OLMo 2)."""
         norm = self._norms.get(part)
         if norm is None:
             return heads
+        if part != "query":
+            norm = tuned_norm(norm)
         # A norm over all heads has one weight of their joint width.
         joint = any(weight.shape == (heads.shape[-2] * heads.shape[-1],) for weight in norm.parameters())
-        return norm(heads.flatten(-2)).unflatten(-1, heads.shape[-2:]) if joint else norm(heads)
+        found = norm(heads.flatten(-2)).unflatten(-1, heads.shape[-2:]) if joint else norm(heads)
+        return found.to(heads.dtype)
 
 
 def find_heads(layer: nn.Module, config: PretrainedConfig) -> Heads | None:
