@@ -118,15 +118,15 @@ def test_a_template_is_a_text_or_a_file_and_takes_options(tmp_path):
     folder, file = str(save_tiny_decoder(tmp_path / "d")), tmp_path / "mine.jinja"
     text = "{{ mark }}" + TEMPLATE
     file.write_text(text)
-    config = DecoderConfig(folder, template=str(file), template_options={"mark": 'a "b"'})
+    config = DecoderConfig(folder, template=str(file), template_options={"mark": 'a "b" \U0001f600'})
     # A checkpoint does not need the file.
     assert config.template == text
     loaded = [load_tokenizer(c) for c in (config, DecoderConfig(folder, template=text))]
     plain = "<|im_start|>user\nX<|im_end|>\n"
-    assert [text_of(t, ("user", "X"), header=False) for t in loaded] == ['a "b"' + plain, plain]
+    assert [text_of(t, ("user", "X"), header=False) for t in loaded] == ['a "b" \U0001f600' + plain, plain]
     with pytest.raises(DecoderError, match=r"none\.jinja is missing.*give a file with a Jinja template"):
         DecoderConfig(folder, template="none.jinja")
-    for options in ({"enable thinking": True}, {"mark": [1]}):
+    for options in ({"enable thinking": True}, {"mark": [1]}, {"mark": float("nan")}):
         with pytest.raises(InputError, match=r"template_options has .*enable_thinking: true"):
             DecoderConfig(folder, template_options=options)
 

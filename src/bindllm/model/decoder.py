@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +124,11 @@ class DecoderConfig:
         if self.attention is not None:
             check_choice("attention", self.attention, ATTENTIONS)
         for name, value in (self.template_options or {}).items():
-            if not name.isidentifier() or not isinstance(value, bool | int | float | str):
+            # Jinja knows no NaN and no infinity, and writes nothing for them.
+            is_value = isinstance(value, bool | int | str) or (
+                isinstance(value, float) and math.isfinite(value)
+            )
+            if not name.isidentifier() or not is_value:
                 raise InputError(
                     f"decoder.template_options has {name}: {value!r}, expected a variable of the template with true, "
                     "false, a number or a text, such as {enable_thinking: true}"
@@ -194,11 +200,13 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = config.template
     check_tokenizer(tokenizer)
     # Into the template too, before the rest of it: training, evaluation and each request get the same.
-    values = [f"{{%- set {n} = {json.dumps(v)} -%}}" for n, v in (config.template_options or {}).items()]
+    # Jinja reads an escape of JSON for half of an emoji as a character of its own.
+    dumps = partial(json.dumps, ensure_ascii=False)
+    values = [f"{{%- set {n} = {dumps(v)} -%}}" for n, v in (config.template_options or {}).items()]
     tokenizer.chat_template = "".join(values) + tokenizer.chat_template
     if lead := answer_lead(tokenizer):
         tokenizer.chat_template += (
-            f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(lead)} -}}}}{{%- endif -%}}"
+            f"{{%- if add_generation_prompt -%}}{{{{- {dumps(lead)} -}}}}{{%- endif -%}}"
         )
     if config.system is not None:
         # The system text becomes part of the template, so no caller can forget it.
