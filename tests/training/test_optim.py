@@ -116,6 +116,10 @@ def test_another_optimizer_by_its_import_path():
         ({"optimizer": "torch.nn.Linear"}, "is not a class of torch.optim.Optimizer"),
         ({"optimizer": "torch.optim.SGD", "options": {"speed": 1}}, "refuses its arguments"),
         ({"options": {"momentum": 0.5}}, "those of another optimizer"),
+        (
+            {"optimizer": "torch.optim.NAdam", "betas": (0.8, 0.9)},
+            r"betas are those of AdamW.*optim\.options",
+        ),
     ],
 )
 def test_optimizers_that_cannot_be_built(values, words):

@@ -65,6 +65,10 @@ class OptimConfig:
                 f"model.optim: options {', '.join(self.options)} are those of another optimizer; AdamW has lr, betas "
                 "and weight_decay"
             )
+        if self.optimizer != ADAMW and tuple(self.betas) != OptimConfig.betas:
+            raise InputError(
+                f"model.optim.betas are those of AdamW; give {self.optimizer} its own in model.optim.options"
+            )
         # Negated comparisons would accept NaN; these refuse it. A warm-up without end would keep the rate at zero.
         wrong = [
             f"{name} is {value}, expected {expected}"
