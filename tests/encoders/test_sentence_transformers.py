@@ -14,6 +14,7 @@ from bindllm.encoders import SentenceTransformers
 from bindllm.encoders.hub import _DOWNLOADED
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
+from bindllm.media.limits import Budget, MediaLimits, decoding_one
 from bindllm.testing import check_encoder
 
 library = pytest.importorskip("sentence_transformers", exc_type=ImportError)
@@ -51,6 +52,16 @@ def test_texts_through_a_dense_layer(sentences):
     # A chat template writes the texts that the model reads.
     (sentences / "chat_template.jinja").write_text("{{ messages }}")
     assert SentenceTransformers(str(sentences)).fingerprint() != encoder.fingerprint()
+
+
+def test_texts_that_are_cut_are_reported(sentences):
+    encoder = SentenceTransformers(str(sentences))
+    limit = encoder._model.max_seq_length
+    with decoding_one(Budget(MediaLimits())) as warnings:
+        encoder.prepare(Media.text("a dog"))
+        assert not warnings
+        encoder.prepare(Media.text("dog " * (limit + 9)))
+    assert [f"reads the first {limit:,} " in words for words in warnings] == [True]
 
 
 def test_all_files_of_a_pipeline_are_downloaded(sentences):

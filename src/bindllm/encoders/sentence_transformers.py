@@ -20,6 +20,7 @@ from bindllm.encoders.hub import find_folder, loading, never_ask
 from bindllm.errors import EncoderError, InputError, MediaError, needs_extra
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
+from bindllm.media.limits import warn
 from bindllm.media.video import read_frames
 
 # Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
@@ -145,6 +146,7 @@ class SentenceTransformers:
                 content = str(media.source).encode("utf-8", "surrogatepass")
                 if not content.strip():
                     raise MediaError(f"{media.name}: a text without words; expected at least one")
+                self._warn_if_cut(media)
                 return torch.frombuffer(bytearray(content), dtype=torch.uint8)
             case "image":
                 return torch.from_numpy(np.array(open_image(media.source, size=None)))
@@ -152,6 +154,16 @@ class SentenceTransformers:
                 (samples,) = cut_audio(media.source, rate=self.config["audio_rate"], cut=lambda n: [(0, n)])
                 return torch.from_numpy(samples.mean(axis=0, dtype=np.float32))
         return self._prepare_video(media)
+
+    def _warn_if_cut(self, media: Media) -> None:
+        """Warn if a text is longer than the model reads."""
+        tokenizer, limit = (getattr(self._model, name, None) for name in ("tokenizer", "max_seq_length"))
+        # Only tokenizers of transformers: those of static embeddings have other calls, and read texts whole.
+        if limit and hasattr(tokenizer, "is_fast"):
+            text = (self.config["prompt"] or "") + str(media.source)
+            if (count := len(tokenizer(text, verbose=False)["input_ids"])) > limit:
+                message = f"{count:,} tokens; the encoder reads the first {limit:,} of a text"
+                warn(media.name, message, kind="text")
 
     def _prepare_video(self, media: Media) -> Tensor:
         wanted, places = self.config["frames"], []
