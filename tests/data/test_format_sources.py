@@ -5,6 +5,7 @@ import os
 import re
 from hashlib import sha256
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,8 @@ from bindllm.data.source_config import Columns, SourceConfig
 from bindllm.data.sources import hashed_split, read_source
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.errors import InputError
+from bindllm.media import Media
+from bindllm.media.audio import cut_audio
 
 
 @pytest.fixture
@@ -408,3 +411,18 @@ def test_rationales_belong_to_questions():
         SourceConfig("x", "vqa", rationale="gold")
     with pytest.raises(InputError, match="rationales are not used with rationale: false"):
         SourceConfig("x", "vqa", rationales="answers.jsonl")
+
+
+def test_decoded_audio_is_a_row_like_a_file(folder):
+    tone = {"array": [0.0, 0.5, -0.5], "sampling_rate": 44_100}
+    rows = [{"audio": tone, "question": f"{n}?", "answer": "red"} for n in range(2)]
+    rows.append({"audio": {"array": [[[0.5]]]}, "question": "?", "answer": "red"})
+    found, report = read_source(SourceConfig(write(folder / "x.jsonl", rows), "vqa", modality="audio"))
+    # Rows that share it are in one split, as for a file.
+    (own,) = [part for part in found.values() if part]
+    assert len({row.media[0].content_hash() for row in own}) == 1
+    assert len(own) == 2
+    samples = Media.audio(np.array(tone["array"], np.float32), sampling_rate=44_100).source
+    span = {"rate": 16_000, "cut": lambda length: [(0, length)]}
+    assert np.array_equal(cut_audio(own[0].media[0].source, **span), cut_audio(samples, **span))
+    assert sum(report.skipped.counts.values()) == 1

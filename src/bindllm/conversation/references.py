@@ -8,6 +8,7 @@ from bindllm.conversation import Conversation
 from bindllm.conversation.messages import FILE_MODALITIES, RecordMedia, RowError, parse_messages
 from bindllm.errors import MediaError
 from bindllm.media import Media
+from bindllm.media.audio import wav_bytes
 from bindllm.media.source import local_path, read_data_uri
 
 
@@ -61,7 +62,8 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
     """
     # The forms of Hugging Face datasets. The path may be of another machine, so samples and bytes come first.
     if isinstance(value, Mapping) and modality == "audio" and value.get("array") is not None:
-        return Media(modality, value)
+        # Rows are looked up by their media, and an array has no hash.
+        return Media(modality, wav_bytes(Media(modality, value).source))
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if modality == "text":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
@@ -159,7 +160,24 @@ def _blocks(source: Source, *, warn: bool = False) -> Iterator[_Block]:
         yield block
 
 
-def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
+def wav_bytes(array: np.ndarray) -> bytes:
+    """Return samples [N] or [C, N] of int16, or of floats as float32, as a WAV file; unlike an array it has a hash.
+
+    Raises:
+        MediaError: samples of another shape or type.
+    """
+    channels, rate = _array_channels(array)
+    is_float = channels.dtype.kind == "f"
+    count, width = len(channels), 4 if is_float else 2
+    data = channels.T.astype("<f4" if is_float else "<i2").tobytes()
+    # Format 3 is floats, 1 is integers.
+    layout = (3 if is_float else 1, count, rate, rate * count * width, count * width, 8 * width)
+    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, *layout) + b"data" + struct.pack("<I", len(data))
+    return b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data
+
+
+def _array_channels(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return samples [C, N] and their rate."""
     fits = array.ndim in (1, 2) and (array.dtype == np.int16 or np.issubdtype(array.dtype, np.floating))
     if not fits or (array.ndim == 2 and not 1 <= len(array) <= MAX_CHANNELS):
         raise MediaError(
@@ -169,6 +187,11 @@ def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
     rate = array.rate if isinstance(array, Waveform) else ARRAY_RATE
     channels = np.atleast_2d(np.asarray(array))
     _check_layout(rate, len(channels))
+    return channels, rate
+
+
+def _array_blocks(array: np.ndarray) -> Iterator[_Block]:
+    channels, rate = _array_channels(array)
     for start in range(0, channels.shape[1], _BLOCK):
         yield _Block(rate, channels[:, start : start + _BLOCK])
 
