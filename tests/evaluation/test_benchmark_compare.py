@@ -61,11 +61,12 @@ def test_an_evaluation_is_equal_to_itself(folders):
 
 
 def test_only_questions_of_both_are_compared(tmp_path, folders):
-    fewer = write_evaluation(tmp_path / "fewer", ["yes"] * 8, parser="pope")
+    fewer = write_evaluation(tmp_path / "fewer", ["yes"] * 8, parser="pope", samples=5)
     (found,) = compare_folders(folders[0], fewer)
     assert found.count == 8
     assert found.notes == [
         "parser differs: 'yes_no' and 'pope'",
+        "samples differs: None and 5",
         f"42 questions of {folders[0] / 'pope'} are not compared",
     ]
 

@@ -27,6 +27,7 @@ from bindllm.evaluation.benchmarks.bootstrap import compare_folders, differences
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.model.context import ContextConfig
 from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
@@ -490,3 +491,14 @@ def test_a_model_with_context_reads_records_of_other_media(folder, measure, tmp_
         measure(model=model)
     plain = measure(model=model, output="plain").lines["model"]
     assert [line["answer"] for line in read] != [line["answer"] for line in plain]
+
+
+def test_paths_and_ids_of_a_table_of_questions(tmp_path):
+    rows = [
+        {"id": 0, "images": ["a.png", "/b.png"], "question": "?"},
+        {"image": "file:///c.png", "images": '["a.png"]'},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_questions(tmp_path)
+    assert (first.id, first.record["images"]) == ("0", [f"{tmp_path}/a.png", "/b.png"])
+    assert second.record == {"image": "file:///c.png", "images": [f"{tmp_path}/a.png"]}

@@ -22,7 +22,10 @@ RESAMPLES = 1000
 LEVEL = 95
 """Percent of the resamples inside an interval."""
 
-_SCORING = ("parser", "unparsed", "tokenizer", "prompt", "choose", "max_new_tokens")
+_SCORING = (
+    *("parser", "unparsed", "tokenizer", "prompt", "choose", "max_new_tokens", "samples", "temperature"),
+    "rationales",
+)
 """Settings that change scores; a difference may come from them, and not from the models."""
 
 Number = dict[str, Any]

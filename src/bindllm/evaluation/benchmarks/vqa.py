@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.atomic import read_json
+from bindllm.conversation.messages import FILE_MODALITIES
 from bindllm.data.answers import same_answer
+from bindllm.data.formats.columns import json_list
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import split_named
 from bindllm.data.tables import READERS, is_table, read_table
@@ -186,18 +188,21 @@ def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")
         num_rows += 1
         record = {key: _whole_path(path, value) if key in _FILES else value for key, value in row.items()}
         groups = {label: str(row[label]) for label in ("type", "subset") if row.get(label)}
-        yield Entry(str(row.get("id") or name), record, groups)
+        # The id 0 is one, too.
+        own = row.get("id")
+        yield Entry(name if own is None or own == "" else str(own), record, groups)
     for reason, count in skipped.counts.items():
         yield from (Entry(f"{reason} {n}", {}, problem=reason) for n in range(count))
 
 
-_FILES = ("image", "video", "audio", "point", "depth", "thermal", "imu")
+_FILES = frozenset(f"{name}{end}" for name in FILE_MODALITIES for end in ("", "s"))
 
 
 def _whole_path(table: Path, value: Any) -> Any:
+    value = json_list(value, (str,))
     if isinstance(value, list):
         return [_whole_path(table, one) for one in value]
-    is_path = isinstance(value, str) and value and not value.startswith("data:")
+    is_path = isinstance(value, str) and value and not value.lower().startswith(("data:", "file:"))
     return str(table.parent / value) if is_path else value
 
 
