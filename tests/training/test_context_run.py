@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,9 @@ def test_a_context_is_added_to_a_model_that_was_trained_without_one(parts, work)
         from bindllm.training.stages import init_from_checkpoint
 
         init_from_checkpoint(before, "checkpoints/second")
+    # Other draws do not make another base.
+    after.context.config = replace(after.context.config, records=1, copied=0.5)
+    init_from_checkpoint(after, "checkpoints/second")
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -17,8 +17,10 @@ from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest
+from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
+from bindllm.objectives import DPO
 from bindllm.training.module import AnyEncoder, BindModule
 from bindllm.training.optim import OptimConfig
 from tiny import ColorEncoder, TokenEncoder
@@ -331,3 +333,8 @@ def test_the_cache_of_a_recipe_is_named_in_the_checkpoint_and_not_opened(make, t
     assert (entry["folder"], entry["weight"]) == ("caches/later", 0.3)
     module, _ = make(cache="caches/later")
     assert module.cache_config == CacheConfig("caches/later")
+
+
+def test_copied_answers_need_an_objective_that_draws_records(make):
+    with pytest.raises(InputError, match=r"context.copied is 0\.5, and DPO .*: set it to 0"):
+        make(context=ContextConfig(copied=0.5), objective=DPO())

@@ -111,6 +111,11 @@ class BindModule(LightningModule):
         self.trainable, self.adapter_config, self.init_from = trainable, adapter, init_from
         self.context_config = context
         self.objective = NextToken() if objective is None else objective
+        if context is not None and context.copied and not self.objective.drops_tokens:
+            raise InputError(
+                f"model.context.copied is {context.copied}, and {type(self.objective).__name__} reads the same records "
+                "in each pass over a row, so no answer would be copied: set it to 0"
+            )
         self.cache_config = CacheConfig(cache) if isinstance(cache, str) else cache
         self.checkpoint_activations = checkpoint_activations
         self.model: BindLLM | None = None
