@@ -100,6 +100,24 @@ def test_reasoning_is_learned_masked_or_dropped(thought):
         assert ("2 + 2" in text) == (reasoning != "drop")
     with pytest.raises(InputError, match="does not write the reasoning of an answer"):
         learned(record, template=TEMPLATE)
+    indented = THOUGHTS.replace(
+        "message.reasoning_content }}", "message.reasoning_content | replace(' ', '  ') }}"
+    )
+    with pytest.raises(InputError, match="it cannot be masked; learn or drop it"):
+        learned(record, template=indented, reasoning="mask")
+
+
+def test_masked_reasoning_is_never_mistaken_for_the_answer_or_a_tag():
+    question = {"role": "user", "content": "?"}
+    turns = [{"role": "assistant", "reasoning_content": text, "content": text} for text in ("red", "think")]
+    # As Qwen's, which drops the thoughts of earlier answers.
+    template = THOUGHTS.replace("if message.reasoning_content", "if message.reasoning_content and loop.last")
+    *runs, _ = learned(
+        {"messages": [question, turns[0], question, turns[1]]}, template=template, reasoning="mask"
+    )
+    assert runs[0] == "red<|im_end|>"
+    assert runs[1].endswith(">think<|im_end|>")
+    assert "<think>" not in runs[1]
 
 
 @pytest.mark.parametrize(

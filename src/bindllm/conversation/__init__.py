@@ -221,8 +221,15 @@ def _is_whole(written: str, turn: Mapping[str, Any]) -> bool:
 def _num_masked(written: str, turn: Mapping[str, Any], learned: Learned) -> int:
     """Return the number of characters of an answer up to the end of its reasoning, if that is not learned."""
     reasoning = turn.get(REASONING, "").strip() if learned == "answer" else ""
-    # The template may drop the thoughts of earlier answers.
-    found = written.find(reasoning) if reasoning else -1
+    if not reasoning:
+        return 0
+    # Before the text of the answer, which may repeat its thoughts. The template may drop those of earlier answers.
+    before = written[: max(0, written.rfind(turn["content"].strip()))]
+    found = before.rfind(reasoning)
+    if found < 0 and _squeeze(reasoning) in _squeeze(before):
+        raise InputError(
+            "the chat template changes the reasoning of an answer, so it cannot be masked; learn or drop it"
+        )
     return 0 if found < 0 else found + len(reasoning)
 
 
