@@ -133,7 +133,7 @@ def _measure(
     measuring: BenchmarkOptions,
     context: RunContext,
 ) -> Iterator[str]:
-    """Measure a model on benchmarks, print and write the results, and yield the names of those that failed."""
+    """Measure a model on benchmarks, print and write the results, and yield the names of benchmarks that failed."""
     from bindllm.evaluation.benchmarks.run import evaluate as measure
     from bindllm.report.benchmark import write_page
 

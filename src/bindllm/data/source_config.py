@@ -218,8 +218,8 @@ class SourceConfig:
         allow_outside: whether rows may name files outside that folder; false for tables that you do not trust.
         rationale: in vqa and choice, the use of lecture and explanation. false: none (QCM-A). true: learn them before
             the answer (QCM-LE-A). only: learn only them (QCM-LE). given: they belong to the question (QCMG-A).
-        rationales: a file with generated rationales, used instead of those of the rows with the same column ``id``:
-            what ``bindllm generate --input`` wrote. A row without one is skipped.
+        rationales: a file with generated rationales, which ``bindllm generate --input`` wrote. They replace those of
+            the rows with the same column ``id``. A row without one is skipped.
         reasoning: learn the thoughts before an answer, keep them in the text without learning them (mask), or drop
             them.
         episodes: draw episodes of link-context learning from the images and their labels. Each class is in one split.

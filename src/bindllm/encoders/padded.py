@@ -76,9 +76,9 @@ class Padded:
         return self._inner.token_sizes if isinstance(self._inner, HasTokens) else {}
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the encoder's fingerprint and of the place of its embeddings."""
-        place = {"start": self._start, "size": self.embedding_size}
-        return fingerprint(place, "padded 1", self._inner.fingerprint())
+        """Return the sha256 of the encoder's fingerprint and the position of its embeddings."""
+        position = {"start": self._start, "size": self.embedding_size}
+        return fingerprint(position, "padded 1", self._inner.fingerprint())
 
     def to(self, device: torch.device | str) -> Self:
         """Move the encoder to a device."""

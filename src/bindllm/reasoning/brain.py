@@ -135,7 +135,7 @@ class LocalBrain:
         return self._read(ids, has_tools=bool(tools))
 
     def _mask(self, functions: Dicts, *, required: bool, width: int) -> LogitsProcessor:
-        """Return what keeps calls valid: a grammar, or without llguidance an expression of flat schemas."""
+        """Return the processor that keeps calls valid: by a grammar, or without llguidance by `FlatMasker`."""
         ends = self._model.settings.eos_token_id
         if find_spec("llguidance") is None:
             pattern = calls_pattern(self._form, functions, required=required, most=MOST_CALLS)

@@ -10,7 +10,7 @@ from bindllm.errors import InputError
 
 
 def read_rationales(path: str) -> dict[str, str]:
-    """Return the answers of a file by id: what ``bindllm generate --input`` or ``bindllm evaluate`` wrote.
+    """Return the answers by id of a file that ``bindllm generate --input`` or ``bindllm evaluate`` wrote.
 
     Raises:
         InputError: another file, a line without an id, or two answers of one id.

@@ -41,8 +41,8 @@ class Sampling(NamedTuple):
 
     Args:
         count: answers to each question.
-        temperature: of sampling, above 0.
-        seed: of sampling.
+        temperature: temperature of sampling, above 0.
+        seed: seed of sampling.
         choose: returns the position of the kept one among the answers to an item.
     """
 

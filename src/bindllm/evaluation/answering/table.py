@@ -190,7 +190,7 @@ def _joined(lines: Iterable[Line], number: int) -> list[Line]:
 
 
 def _rows(config: SourceConfig, rows: Iterable[Mapping[str, Any]] | None) -> Iterator[_Row]:
-    """Yield the rows of a table in order, those that cannot be read as well; or other rows."""
+    """Yield the rows of a table, or the given ones, in order; also rows that cannot be read."""
     skipped, numbers, resolve = _InOrder(), count(), FolderResolver.of(config)
     if rows is None:
         records = read_table(config.path, (), skipped)

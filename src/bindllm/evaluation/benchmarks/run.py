@@ -90,7 +90,7 @@ class Settings:
         batch_size: answers generated at the same time.
         max_new_tokens: longest answer; None: that of the benchmark.
         samples: sample so many answers, and keep the first with the most frequent parsed answer; None: greedy.
-        temperature: of sampling; None: 0.7.
+        temperature: temperature of the samples; None: 0.7.
         rationales: file of answers that are rationales, which are added to the questions of the same ids (QCMG-A).
     """
 
