@@ -68,11 +68,11 @@ def saved_bytes(decoder, inputs, **parts):
     return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
 
 
-def traced_bytes(folder, dtype, inputs, **parts):
+def traced_bytes(folder, dtype, inputs, *, attention=None, **parts):
     """Bytes that are alive after a traced forward pass, without parameters and batch."""
     model = None
     with torch.device("meta"):
-        model = build(meta_decoder(DecoderConfig(str(folder)), dtype), **parts)
+        model = build(meta_decoder(DecoderConfig(str(folder), attention=attention), dtype), **parts)
     live = LiveBytes(259)
     for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         live.add(tensor, "given")
@@ -150,6 +150,15 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(folders):
     few = traced_bytes(folders["llama"], HALF, batch(), **parts, checkpointing=True)
     layers = 3 * 3 * 20 * 48 * HALF.itemsize
     assert layers < few < traced_bytes(folders["llama"], HALF, batch(), **parts) / 3
+
+
+def test_plain_products_save_their_scores(folders):
+    parts, inputs = {"trainable": ["inject"]}, batch(tokens=40)
+    decoder = tiny_decoder("llama", **SIZES, attn_implementation="eager")
+    expected = saved_bytes(decoder, inputs, **parts)
+    found = traced_bytes(folders["llama"], FLOAT, inputs, attention="eager", **parts)
+    assert found == pytest.approx(expected, rel=0.01, abs=200)
+    assert found > 1.1 * traced_bytes(folders["llama"], FLOAT, inputs, **parts)
 
 
 def test_nothing_is_allocated_and_gradients_are_counted(tmp_path):

@@ -60,7 +60,9 @@ def meta_decoder(config: DecoderConfig, dtype: torch.dtype) -> PreTrainedModel:
         DecoderError: the folder does not hold a causal language model.
     """
     folder = config.folder()
-    decoder = without_weights(folder, dtype=dtype, attn_implementation=_FUSED)
+    # Plain products save the scores of all pairs of tokens.
+    kernel = config.attention if config.attention == "eager" else _FUSED
+    decoder = without_weights(folder, dtype=dtype, attn_implementation=kernel)
     if config.quantize == "int8":
         # Its layers save their inputs for the backward pass, although their weights are frozen.
         for linear in quantized_layers(decoder):
