@@ -286,8 +286,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def unlikelihood_loss(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     """Return how likely a model repeats tokens of its answer, ``-log(1 - p)`` summed over them, per supervised token.
 
-    At each position these are the earlier supervised tokens of the row that are not the target: token-level
-    unlikelihood of Welleck et al. (arXiv 1908.04319, section 5.1), but each time a token was said counts.
+    At each position these are the earlier supervised tokens of the row that are not the target. This is the token-level
+    unlikelihood of Welleck et al. (arXiv 1908.04319, section 5.1), but a token counts as often as it occurs.
 
     Args:
         logits: at the positions that predict a supervised token, [N, V], any float dtype.

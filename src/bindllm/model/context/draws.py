@@ -1,8 +1,9 @@
-"""The draws of a training step: how many records it reads, the groups without any, and those that learn to copy.
+"""Random choices of a training step: the number of records, media groups without records, and copied answers.
 
-A model that knows the answers to its training images has no need of records, so it would learn to ignore them. Some
-groups therefore get a record whose text is the answer, and half of these an answer of random words, which only the
-record tells: as the made-up names of Link-Context Learning (arXiv 2308.07891, section 3.2).
+A model that knows the answers to its training images does not need records, so it would learn to ignore them.
+Therefore some media groups get a record whose text is the answer. In half of these, the words of the answer are random,
+so the model finds them only in the record. These are like the made-up names of Link-Context Learning (arXiv 2308.07891,
+section 3.2).
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ _RANDOM_WORDS = 0.5
 def draw_records(
     batch: Mapping[str, Tensor], config: ContextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """Return a training batch with the records that its step reads; a batch without records stays as it is.
+    """Return a training batch with the records that its step reads; a batch without records is not changed.
 
     Args:
         batch: a batch of `bindllm.data.collate.collate`.
-        config: settings of the context.
-        tokenizer: of the decoder.
+        config: the settings of the context.
+        tokenizer: the decoder's tokenizer.
     """
     if "context_ids" not in batch:
         return dict(batch)
-    # The nearest ones only; any number at inference.
+    # The nearest records; at inference, any number may be read.
     count = int(torch.randint(1, batch["context_ids"].shape[2] + 1, (), device="cpu"))
     names = ("context_embeddings", "context_scores", "context_ids")
     embeddings, scores, texts = (batch[name][:, :, :count] for name in names)
-    # So that a model can do without records too: zeros are no records.
+    # Embeddings of zeros are not records. So the model also learns to answer without any.
     absent = draw_alone(embeddings.shape[:2]).to(embeddings.device)
     embeddings = embeddings.masked_fill(absent[..., None, None], 0)
     found = {**batch, **dict(zip(names, (embeddings, scores, texts), strict=True))}
@@ -68,7 +69,7 @@ def _copy_answers(
             other = int(torch.randint(len(tokenizer), (), device="cpu"))
             if other in control:
                 continue
-            # Also in the other records of the group: where words are shared, they stay shared.
+            # Also in the other records of the group: shared words stay shared.
             texts[row, group][texts[row, group] == word] = other
             for values in (ids[row], labels[row]):
                 values[is_answer & (values == word)] = other

@@ -82,7 +82,7 @@ def append_answers(
         batch: ids, mask and media index of the prompts, padded on the left, each [B, T].
         conversations: the same prompts.
         answers: one for each.
-        tokenizer: of the decoder.
+        tokenizer: the decoder's tokenizer.
     """
     own = []
     for conversation, answer in zip(conversations, answers, strict=True):
@@ -130,11 +130,11 @@ def replace_unsure(
 
     Args:
         model: the model.
-        batch: the prompts, as `BindLLM.prepare` returns them, B of them.
+        batch: B prompts, as `BindLLM.prepare` returns them.
         records: further inputs of `BindLLM.forward`.
         answers: ids of the answers, [N, A]; N is a multiple of B.
-        texts: of the answers, N of them.
-        least: probability, 0 to 1.
+        texts: the texts of the N answers.
+        least: smallest probability of a token that is not doubtful, 0 to 1.
         stop: strings that end an answer.
     """
     # An answer listens to the media of its last token: after shots with media, a question may have none.

@@ -108,9 +108,9 @@ class Injection(nn.Module):
         decoder: a causal language model whose layers are at ``get_decoder().layers``; kind ``value`` also needs
             ``self_attn.v_proj`` and ``self_attn.o_proj`` in each, kind ``attend`` all four projections.
         config: kind, queries, and how many layers are served.
-        context_width: of the context tokens that the model reads through gates of their own, not with kind
-            ``residual``; ``D``, or with kind ``cross`` more: the rest behind the first ``D`` is for keys only. None: no
-            context.
+        context_width: width of the context tokens, which have gates of their own; None: no context. It is ``D``. With
+            kind ``cross`` it may be larger, and entries after the first ``D`` are for keys only. Kind ``residual`` has
+            no context.
 
     Raises:
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.

@@ -26,7 +26,7 @@ def probe(decoder: PreTrainedModel, injection: Injection) -> None:
 
     Args:
         decoder: a causal language model.
-        injection: of this decoder; its gates are as before afterwards.
+        injection: the injection of this decoder; its gates are restored.
 
     Raises:
         DecoderError: the injection does not work in this family of decoders; the message names the difference.

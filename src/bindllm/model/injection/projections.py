@@ -116,7 +116,7 @@ class Heads:
     Args:
         attention: the module that holds them.
         shape: their paths.
-        config: of the text model, for an attention that does not name the size of its heads.
+        config: the config of the text model, for an attention that does not name the size of its heads.
 
     Attributes:
         output: the output projection; its input is the heads, side by side, [..., H * d].
@@ -200,8 +200,8 @@ def find_heads(layer: nn.Module, config: PretrainedConfig) -> Heads | None:
     """Return the projections of a layer's attention to its own tokens, or None if it has no attention of this kind.
 
     Args:
-        layer: of the decoder.
-        config: of the text model.
+        layer: a layer of the decoder.
+        config: the config of the text model.
     """
     parts = dict(layer.named_modules())
 
