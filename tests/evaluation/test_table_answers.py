@@ -66,6 +66,12 @@ def write(home, lines):
     return table
 
 
+def bitmap(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(buffer, "BMP")
+    return buffer
+
+
 def read(file):
     return [json.loads(line) for line in Path(file).read_text().splitlines()]
 
@@ -135,6 +141,11 @@ def test_another_run_is_refused(model, home):
         InputError, match="holds an answer to another question for row 1: the table has changed"
     ):
         generate_table(model, [given[0], {"question": "Who?"}], "answers.jsonl", **SHORT)
+    # Another image of the same size in bytes.
+    images = [[{"image": {"bytes": content.getvalue()}}] for content in map(bitmap, ("red", "blue"))]
+    generate_table(model, images[0], "bytes.jsonl", **SHORT)
+    with pytest.raises(InputError, match="holds an answer to another question for row 0"):
+        generate_table(model, images[1], "bytes.jsonl", **SHORT)
     Path("mine.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="exists already, and has no mine.jsonl.run.json"):
         generate_table(model, given, "mine.jsonl", **SHORT)

@@ -29,7 +29,7 @@ from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import InputError, MediaError
 from bindllm.evaluation.answering import loaded_settings
 from bindllm.evaluation.answering.log import AnswerLog, Line
-from bindllm.media import MODALITIES
+from bindllm.media import MODALITIES, Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.generation import check_options
@@ -221,10 +221,21 @@ def _read(
         return _Row(number, {**line, "error": str(error)}, None)
     text = next((m.text for m in reversed(question.messages) if m.role == "user"), "")
     # The question that a line answers: a changed table must not mix two.
-    asked = repr([(m.role, m.content, *([m.fields] if m.fields else [])) for m in question.messages])
+    asked = repr([(m.role, _named(m.content), *([m.fields] if m.fields else [])) for m in question.messages])
     asked += repr(question.tools) if question.tools else ""
     line["prompt_sha256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
     return _Row(number, {**line, "prompt": text, **({"notes": list(remarks)} if remarks else {})}, question)
+
+
+def _named(content: Sequence[str | Media]) -> list[object]:
+    # Files count by their path. Others have a name that does not tell them apart, such as their size.
+    return [
+        part if isinstance(part, str) or _is_file(part) else (part, part.content_hash()) for part in content
+    ]
+
+
+def _is_file(media: Media) -> bool:
+    return media.modality != "text" and isinstance(media.source, str | Path)
 
 
 @dataclass
