@@ -225,6 +225,8 @@ def test_log_probabilities_and_several_answers(model, home):
     assert [len(line["answer"]) for line in read("beams.jsonl")] == [2, 2]
     with pytest.raises(InputError, match="leave num_return_sequences out"):
         generate_table(model, given, "x.jsonl", log_probability=True, num_return_sequences=2, num_beams=2)
+    with pytest.raises(InputError, match="leave min_probability out"):
+        generate_table(model, given, "x.jsonl", log_probability=True, min_probability=0.5)
 
 
 def test_the_command(home, tmp_path, monkeypatch, capsys):

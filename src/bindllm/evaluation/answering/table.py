@@ -112,8 +112,8 @@ def generate_table(
     output, processes, config = Path(output), context.processes, _source(model, table, prompt)
     log = _log(output, processes, config)
     settings = {"batch_size": batch_size, "log_probability": log_probability, **check_options(options)}
-    if log_probability and (options.get("num_return_sequences") or 1) > 1:
-        raise InputError("log_probability is that of one answer for each row: leave num_return_sequences out")
+    if log_probability:
+        _check_scored(options)
     facts = _facts(model, config, {**settings, **loaded_settings(model), "cache": _cache(model)})
     with log.locked() if processes.is_first else nullcontext():
         if processes.is_first:
@@ -131,6 +131,14 @@ def generate_table(
         errors = sum("error" in line for line in lines)
         log.finish({**facts, "rows": number, "errors": errors}, lines)
     return TableAnswers(number, errors)
+
+
+def _check_scored(options: Mapping[str, Any]) -> None:
+    """Refuse options with which a row does not have one answer of the model."""
+    if (options.get("num_return_sequences") or 1) > 1:
+        raise InputError("log_probability is that of one answer for each row: leave num_return_sequences out")
+    if options.get("min_probability"):
+        raise InputError("log_probability is not that of a replaced answer: leave min_probability out")
 
 
 def _source(model: BindLLM, table: Any, prompt: str) -> SourceConfig:
