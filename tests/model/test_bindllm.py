@@ -234,6 +234,13 @@ def test_several_residual_streams_get_the_same_term_and_kind_cross_is_refused():
         build_family("deepseek_v4", "cross", **heads)
 
 
+def test_a_decoder_in_training_mode_is_set_to_eval_mode():
+    """Else its dropout would look like gates that change the logits."""
+    decoder = tiny_decoder("gpt2").train()
+    model = BindLLM(decoder, None, DecoderConfig("x"), encoders=[ColorEncoder()])
+    assert not any(part.training for part in model.decoder.modules())
+
+
 def test_activation_checkpointing_switches_no_dropout_on():
     losses = []
     for checkpointing in (False, True):

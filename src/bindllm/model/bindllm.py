@@ -126,7 +126,7 @@ class BindLLM(nn.Module):
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         size = None if context is None else self.context.output_size
         self.injection = Injection(decoder, self.inject_config, context_width=size).to(decoder.device)
-        self.decoder = decoder
+        self.decoder = decoder.eval()
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
         # `check` probes a model without weights itself, since loading a checkpoint builds one too.
