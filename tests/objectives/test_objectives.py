@@ -57,15 +57,20 @@ def test_unlikelihood_is_a_part_of_the_training_loss_only():
     logits, targets, rows = torch.randn(4, 5), torch.tensor([1, 2, 1, 3]), torch.zeros(4, dtype=torch.long)
     batch = {"numbers": torch.tensor([0]), "labels": torch.tensor([[-100, 1, 2, 1, 3]])}
 
-    def model(**_):
-        return BindOutput(logits, targets, rows)
+    class Model:
+        training = True
 
+        def __call__(self, **_):
+            return BindOutput(logits, targets, rows)
+
+    model = Model()
     plain, repeated = next_token_loss(logits, targets), unlikelihood_loss(logits, targets, rows)
     objective = NextToken(unlikelihood=0.5)
     loss, metrics = objective.loss(model, batch)
     assert loss.item() == pytest.approx((plain + 0.5 * repeated).item())
     assert metrics == {"unlikelihood": repeated}
-    assert objective.held_out(model, batch) == (plain, 4, {})
     assert NextToken().loss(model, batch) == (plain, {})
+    model.training = False
+    assert objective.held_out(model, batch) == (plain, 4, {})
     with pytest.raises(InputError, match="unlikelihood must be finite and above 0"):
         NextToken(unlikelihood=-1)

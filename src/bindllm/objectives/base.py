@@ -233,23 +233,15 @@ class NextToken(Objective):
 
     def loss(self, model: BindLLM, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, per supervised token."""
-        output = self._answers(model, batch)
+        # The first rows are the answers to imitate; rejected ones of pairs follow them.
+        rows = len(batch["numbers"])
+        output = model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
         loss = next_token_loss(output.logits, output.targets)
-        if not self.unlikelihood:
+        # The loss of held-out rows does not depend on the settings.
+        if not (self.unlikelihood and model.training):
             return loss, {}
         repeated = unlikelihood_loss(output.logits, output.targets, output.rows)
         return loss + self.unlikelihood * repeated, {"unlikelihood": repeated.detach()}
-
-    def held_out(self, model: BindLLM, batch: Batch) -> tuple[Tensor, int, Metrics]:
-        """Return the mean cross entropy of a held-out batch, so that it does not depend on the settings."""
-        output = self._answers(model, batch)
-        return next_token_loss(output.logits, output.targets), self.count(batch), {}
-
-    @staticmethod
-    def _answers(model: BindLLM, batch: Batch) -> BindOutput:
-        # The first rows are the answers to imitate; rejected ones of pairs follow them.
-        rows = len(batch["numbers"])
-        return model(**{name: value[:rows] for name, value in model_inputs(batch).items()})
 
     def count(self, batch: Batch) -> int:
         """Return the number of supervised tokens."""
