@@ -163,7 +163,7 @@ function hasText(text) {
   return /[^\s\p{Cf}\p{Cc}]/u.test(text);
 }
 
-// In right answers of the scenes model, no token is less likely than this.
+// In right answers of the scenes model, a token is hardly ever less likely than this.
 const SURE = 0.5;
 
 const NOTES = {
