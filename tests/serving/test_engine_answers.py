@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from bindllm import BindLLM
+from bindllm import BindLLM, Conversation, Message
 from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import DecoderError
 from bindllm.serving.engine import Engine, Request
-from engine_parts import PARTS, build, draw_request, stripes, submit
+from engine_parts import PARTS, answers, build, draw_request, stripes, submit
 from tiny import ColorEncoder
 
 
@@ -91,3 +91,13 @@ def test_decoder_families_answer_as_alone(family, parts, changes):
 def test_a_decoder_with_another_cache_is_refused(family, changes, layer):
     with pytest.raises(DecoderError, match=f"keeps {layer} in its cache"):
         Engine(build("residual", family, **changes))
+
+
+@pytest.mark.parametrize("parts", ["context", "words as context"])
+def test_text_alone_is_answered_in_company_of_requests_with_records(parts):
+    model = build(parts)
+    model.datastore = records(*model.encoders)
+    asked = [Conversation((Message("user", [*media, "What?"]),)) for media in ([], [stripes("red")], [])]
+    with Engine(model, slots=3) as engine:
+        found = answers(engine, [Request(each, max_tokens=5) for each in asked])
+    assert found == [model.generate(each, max_new_tokens=5) for each in asked]

@@ -211,7 +211,7 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
     context = read_records(model, embeddings, **records)
     # As above: rows with records may join the batch later.
     if context is None and model.context is not None:
-        context = bind.new_zeros(1, len(bind), 1, bind.shape[-1])
+        context = bind.new_zeros(1, len(bind), 1, model.context.output_size)
     # An answer that asks for more than fits ends at the limit, with the reason `length`.
     most = min(tokens, width + options["max_new_tokens"])
     return RowInput(ids[0], media_index[0], bind, None if context is None else context[0], most)
