@@ -362,7 +362,12 @@ def main() -> None:
             if any((row["run"], row["seed"]) == (name, seed) for row in rows):
                 continue
             rows.append(
-                {"run": name, "seed": seed, "tokens": round(plan.tokens), **measure(name, seed, plan, start)}
+                {
+                    "run": name,
+                    "seed": seed,
+                    "tokens_per_row_of_a_batch": round(plan.tokens),
+                    **measure(name, seed, plan, start),
+                }
             )
             write_json(given.output, rows)
             print(json.dumps(rows[-1]), flush=True)
