@@ -291,6 +291,23 @@ def test_copied_answers_are_the_text_of_the_nearest_record(decoder, length):
     assert 30 < same < 80
 
 
+def test_of_several_answers_about_a_media_the_first_is_copied(decoder):
+    tokenizer = context_model(decoder).tokenizer
+    end, copied = tokenizer.eos_token_id, 0
+    text = torch.tensor([[1, 40, end, 2, 41, end]] * 2)
+    answers = torch.tensor([False, True, True, False, True, True])
+    batch = {"input_ids": text, "media_index": 0 * text, **records(length=6)}
+    batch["labels"] = torch.where(answers, text, -100)
+    for _ in range(20):
+        found = draw_records(batch, dataclasses.replace(CONTEXT, copied=1.0), tokenizer)
+        for row in found["context_embeddings"][:, 0, 0].any(-1).nonzero().flatten().tolist():
+            record = found["context_ids"][row, 0, 0]
+            assert record[record >= 0].tolist() == found["labels"][row, 1:3].tolist()
+            assert found["labels"][row, 4] == 41
+            copied += 1
+    assert copied > 20
+
+
 def test_only_answers_about_media_with_records_are_copied(decoder):
     tokenizer = context_model(decoder).tokenizer
     batch, _ = drawn_batch(tokenizer, 0.0)

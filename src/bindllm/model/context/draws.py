@@ -61,6 +61,9 @@ def _copy_answers(
         said = labels[row][is_answer][: texts.shape[-1]]
         if not len(said):
             continue
+        # The first answer of several turns: a record with all of them would teach answers that do not end.
+        ends = [position for position, word in enumerate(said.tolist()) if word in control]
+        said = said[: ends[0] + 1] if ends else said
         texts[row, group, 0] = NO_TOKEN
         texts[row, group, 0, : len(said)] = said
         if torch.rand((), device="cpu") >= _RANDOM_WORDS:
