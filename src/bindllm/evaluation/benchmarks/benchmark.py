@@ -261,7 +261,7 @@ def _entries(benchmark: Benchmark, folder: Path) -> Iterator[Entry]:
             last = f"the question after {entry.id}"
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(
             f"{folder}: {last} of {benchmark.name} has another form than in the published files ({error!r}); compare "
             "the file with docs/benchmarks.md"

@@ -60,7 +60,7 @@ def read_scienceqa(folder: Path) -> Iterator[Entry]:
         # The columns of the paper. A question may be in both TXT and IMG.
         groups = {
             "subject": _SUBJECTS.get(str(row.get("subject")), str(row.get("subject"))),
-            "grade": "G1-6" if int(str(row.get("grade", "grade1")).removeprefix("grade")) <= 6 else "G7-12",
+            "grade": "G1-6" if int(str(row["grade"]).removeprefix("grade")) <= 6 else "G7-12",
             **({"text": "TXT"} if hint else {}),
             **({"image": "IMG"} if image else {}),
             **({} if hint or image else {"neither": "NO"}),

@@ -37,17 +37,17 @@ def read_vl_icl(folder: Path) -> Iterator[Entry]:
         raise InputError(
             f"{folder} has no query.json of a task of VL-ICL, such as {folder / _TASKS[0] / 'query.json'}"
         )
-    files = Files(folder, "image")
     for task in tasks:
-        queries, support = (
-            read_json(folder / task / f"{name}.json", InputError, "unpack the benchmark again")
-            for name in ("query", "support")
-        )
+        # Of this task only, as tasks have images of the same name.
+        files = Files(folder / task, "image")
+        queries, support = (_rows(folder / task / f"{name}.json") for name in ("query", "support"))
+        if not queries:
+            raise InputError(f"{folder / task / 'query.json'} has no question; unpack the benchmark again")
         for number, query in enumerate(queries):
             for count in _SHOTS:
                 name = f"{task}/{number}/{count} shots"
                 rows = _shots(task, query, support, count, Random(f"0/{name}"))
-                asked, *examples = [_record(row, folder, task, files) for row in (query, *rows)]
+                asked, *examples = [_record(row, files) for row in (query, *rows)]
                 groups = {"task": task, "shots": str(count)}
                 yield Entry(name, asked, groups, shots=examples)
 
@@ -64,7 +64,7 @@ def _shots(
             for n in range(count)
             for name in pair
         ]
-    drawn = rng.sample(list(support), min(count, len(support)))
+    drawn = rng.sample(list(support), count)
     if task == "matching_mi":
         return [row[kind] for row in drawn for kind in ("same", "diff")]
     if "operator" in query:
@@ -73,9 +73,17 @@ def _shots(
     return drawn
 
 
-def _record(row: Mapping[str, Any], folder: Path, task: str, files: Files) -> dict[str, Any]:
+def _rows(path: Path) -> list[Any]:
+    rows = read_json(path, InputError, "unpack the benchmark again")
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list, not {type(rows).__name__}; unpack the benchmark again")
+    return rows
+
+
+def _record(row: Mapping[str, Any], files: Files) -> dict[str, Any]:
     names = [row["image"]] if isinstance(row["image"], str) else list(row["image"])
-    found = [files.find(name, "", task) for name in names]
+    # Paths start at the folder of all tasks, or at that of the task.
+    found = [files.find(name, "..", "") for name in names]
     image = None if None in found else found
     return {"image": image, "question": row.get("question") or "This is a", "answer": row["answer"]}
 

@@ -28,13 +28,24 @@ def read_pope(folder: Path) -> Iterator[Entry]:
     for split in POPE_SPLITS:
         name = f"coco_pope_{split}.json"
         table = require(folder, (f"output/coco/{name}", f"coco/{name}", name), purpose="questions of a split")
-        skipped = Skipped()
-        for _, record in read_json_lines(table, ("question_id", "image", "text", "label"), skipped):
+        skipped, count = Skipped(), 0
+        for name, record in read_json_lines(table, ("question_id", "image", "text", "label"), skipped):
+            count += 1
             image = files.find(str(record["image"]), "val2014", "images/val2014", "coco/val2014")
-            asked = {"image": image, "question": record["text"], "answer": str(record["label"]).lower()}
+            asked = {"image": image, "question": record["text"], "answer": _yes_or_no(record["label"], name)}
             yield Entry(f"{split}/{record['question_id']}", asked, {"split": split})
-        if skipped.total:
-            raise InputError(f"{table}: {'; '.join(skipped.lines())}; fetch the file again")
+        # A file of questions without any would be a score of the other splits.
+        if skipped.total or not count:
+            reasons = "; ".join(skipped.lines()) or "it has no question"
+            raise InputError(f"{table}: {reasons}; fetch the file again")
+
+
+def _yes_or_no(label: object, row: str) -> str:
+    """Return a true answer; no answer of a model would equal another one."""
+    text = str(label).strip().lower()
+    if text not in ("yes", "no"):
+        raise InputError(f"{row}: the true answer is {label!r}, expected yes or no; fetch the file again")
+    return text
 
 
 def read_mme(folder: Path) -> Iterator[Entry]:
@@ -59,18 +70,30 @@ def read_mme(folder: Path) -> Iterator[Entry]:
                 *(list_files(one, "image") for one in (root / task, images) if one.is_dir()),
             )
         }
-        for file in sorted(texts.glob("*.txt")):
-            for number, (row, line) in enumerate(read_lines(file)):
+        known = {file.stem: [*read_lines(file)] for file in sorted(texts.glob("*.txt"))}
+        if missing := found.keys() - known.keys():
+            raise InputError(
+                f"{texts / min(missing)}.txt does not exist ({len(missing)} such); unpack MME again"
+            )
+        for stem, lines in known.items():
+            unit = f"{task}/{stem}"
+            # The score of an image counts both of its questions.
+            if len(lines) != 2:
+                raise InputError(
+                    f"{texts / stem}.txt has {len(lines)} questions, expected 2; unpack MME again"
+                )
+            for number, (row, line) in enumerate(lines):
                 question, tab, answer = line.strip().partition("\t")
                 if not tab:
                     raise InputError(f"{row}: expected a question, a tab, and Yes or No, not {line[:60]!r}")
                 asked = {
-                    "image": found.get(file.stem),
+                    "image": found.get(stem),
                     "question": question,
-                    "answer": answer.strip().lower(),
+                    "answer": _yes_or_no(answer, row),
                 }
-                unit = f"{task}/{file.stem}"
                 yield Entry(f"{unit}/{number}", asked, {"task": task}, unit=unit)
+        if not known:
+            raise InputError(f"{texts} has no texts with questions; unpack MME again, or remove the folder")
 
 
 BENCHMARKS = (
