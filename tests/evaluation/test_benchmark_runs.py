@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_parts import captions, image, mme, pope, questions, scienceqa
+from benchmark_parts import BUILDERS, captions, image, mme, pope, questions, scienceqa, vl_icl
 from bindllm import BindLLM, Media, Message
 from bindllm.cli import main
 from bindllm.data.rows import tokenize
@@ -139,7 +139,7 @@ def test_another_tokenizer_scores_the_kept_captions_again(measure, monkeypatch, 
     root = captions(tmp_path / "captions")
     with pytest.raises(InputError, match="tokenizer=ptb is for captions, and pope has none"):
         measure(tokenizer="ptb", output="refused")
-    monkeypatch.setattr(run, "check_java", lambda: None)
+    monkeypatch.setattr(run, "check_java", lambda spice: None)
     monkeypatch.setattr(captions_module, "ptb_words", lambda texts: [text.upper().split() for text in texts])
     # The same two words.
     same = (2, 2, *[0] * 2, 2, 2, *[0] * 15, 2, 2)
@@ -164,8 +164,16 @@ def test_another_tokenizer_scores_the_kept_captions_again(measure, monkeypatch, 
 def test_files_that_have_changed_are_refused(measure, folder):
     measure()
     table = folder / "output/coco/coco_pope_random.json"
-    table.write_text(table.read_text().replace("a red dog", "a red cat"))
-    with pytest.raises(InputError, match="the files of the benchmark have changed"):
+    text = table.read_text()
+    table.write_text(text.replace("a red dog", "a red cat"))
+    with pytest.raises(InputError, match="to another question for 'random/1': the files of the benchmark"):
+        measure()
+    table.write_text(text)
+    # Another image at the same path.
+    image(folder / "val2014/COCO_val2014_000000000001.jpg", "white")
+    with pytest.raises(
+        InputError, match="an answer about other media for 'random/3': the files of the benchmark"
+    ):
         measure()
 
 
@@ -185,6 +193,44 @@ def test_a_unit_is_asked_as_a_whole_or_not_at_all(tmp_path, measure):
     assert done["perception"] == 0
     limited = measure("mme", root=root, limit=3, output="limited", controls=False)
     assert len(limited.lines["model"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "told"),
+    [
+        ("pope", "output/coco/coco_pope_popular.json", "", "coco_pope_popular.json: it has no question"),
+        ("pope", "output/coco/coco_pope_popular.json", '{"question_id": 1, "image": "a", "text": "?", "label": null}',
+         "json line 1: the true answer is None, expected yes or no"),
+        ("mme", "existence/red.txt", "Is it red?\tYes\n", "red.txt has 1 questions, expected 2"),
+        ("mme", "existence/red.txt", "Is it red?\tYes\nA dog?\tMaybe", "red.txt line 2: the true answer is 'Maybe'"),
+        ("mme", "existence/red.txt", None, "red.txt does not exist .1 such."),
+        ("vl_icl", "open_mi/query.json", "[]", "query.json has no question"),
+        ("vl_icl", "open_mi/query.json", "{}", "query.json: expected a list, not dict"),
+        ("vl_icl", "operator_induction/support.json", "[]", "the question after operator_induction/0/0 shots"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_benchmark_that_is_missing_is_an_error(tmp_path, name, file, content, told):
+    """A score of the other parts would be called like that of all."""
+    folder = BUILDERS[name](tmp_path)
+    path = folder / ("MME_Benchmark_release_version" if name == "mme" else "") / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=told):
+        read_items(BENCHMARKS[name], folder, prompt="{question}")
+
+
+def test_images_of_another_task_are_not_taken(tmp_path):
+    folder = vl_icl(tmp_path)
+    (folder / "open_mi/blue.png").unlink()
+    found = read_items(BENCHMARKS["vl_icl"], folder, prompt="{question}")
+    assert found.skipped.counts["the file does not exist"] >= 4
+    assert not any(
+        "operator_induction" in media.name
+        for item in found.items
+        for media in item.row.media
+        if item.groups["task"] == "open_mi"
+    )
 
 
 def test_repeated_ids_are_counted_and_both_questions_are_asked(tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,8 +149,71 @@ def test_a_program_that_fails_or_is_missing_is_an_error(monkeypatch):
         captions.check_java()
     told = CompletedProcess((), 1, b"one\n", b"Exception: no memory")
     monkeypatch.setattr(captions.subprocess, "run", lambda *_, **__: told)
-    with pytest.raises(InputError, match="Java returned 1 lines for 2 captions: Exception: no memory"):
+    with pytest.raises(InputError, match="Java ended with code 1 and 1 lines for 2: Exception: no memory"):
         captions._java(captions, lines=["a", "b"])
+
+
+SPICE = """#!{python}
+import json, sys
+
+*options, given, out, found, silent = sys.argv[1:]
+assert options[:3] == ["-Dfile.encoding=UTF-8", "-Xmx8G", "-cp"], options
+assert options[4:] + [out, silent] == ["edu.anu.spice.SpiceScorer", "-out", "-silent"], options
+if not options[3].endswith("/spice-1.0.jar:{home}/lib/*:{jars}/*"):
+    sys.exit("Error: no parser\\n\\tat edu.anu.spice.SpiceScorer.main")
+scores = []
+for one in json.load(open(given)):
+    said, known = set(one["test"].split()), set(" ".join(one["refs"]).split())
+    value = {{"pr": 1.0, "re": 1.0, "f": len(said & known) / len(said | known), "fn": 0.0, "numImages": 1.0}}
+    scores.append({{"image_id": one["image_id"], "scores": {{"All": value}}}})
+json.dump(scores[::-1], open(found, "w"))
+"""
+"""A stand-in for SPICE: its command line and files, with the overlap of the words as the score."""
+
+
+def test_spice_needs_its_parser_and_gives_spider(tmp_path, monkeypatch):
+    jars, java = tmp_path / "corenlp", tmp_path / "bin/java"
+    java.parent.mkdir()
+    java.write_text(SPICE.format(python=sys.executable, home=tmp_path, jars=jars))
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(java.parent))
+    tool = SimpleNamespace(__file__=str(tmp_path / "spice.py"), SPICE_JAR="spice-1.0.jar")
+    monkeypatch.setattr(captions, "import_module", lambda name: tool)
+    with pytest.raises(
+        InputError, match=r"corenlp has no stanford-corenlp-3.6.0.jar and no .*-models.jar; give"
+    ):
+        captions.check_java(str(jars))
+    jars.mkdir()
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        (jars / name).touch()
+    captions.check_java(str(jars))
+    with pytest.raises(InputError, match="Java ended with code 1 and 0 lines for 0: Error: no parser$"):
+        captions.spice_scores([(["a"], [["a"]])], tmp_path)
+    monkeypatch.setattr(captions, "ptb_words", lambda texts: [text.split() for text in texts])
+    monkeypatch.setattr(captions, "meteor_stats", lambda pairs: [{} for _ in pairs])
+    items = [
+        SimpleNamespace(id="0", references=("a red dog", "a dog")),
+        SimpleNamespace(id="1", references=("blue",)),
+    ]
+    lines = [
+        {"id": name, "unit": name, "media": [], "parsed": text}
+        for name, text in (("0", "a dog"), ("1", None))
+    ]
+    captions.score_as_published([lines], items, str(jars))
+    assert [line["stats"]["spice"] for line in lines] == [2 / 3, 0.0]
+    found = {name: number["value"] for name, number in intervals(lines, CAPTIONS).items()}
+    assert found["spice"] == pytest.approx(1 / 3)
+    assert found["spider"] == pytest.approx((found["cider"] + 1 / 3) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
+def test_spice_is_that_of_its_program():
+    folder = Path(pytest.importorskip("pycocoevalcap.spice.spice").__file__).parent / "lib"
+    if not (folder / "stanford-corenlp-3.6.0-models.jar").is_file():
+        pytest.skip(f"the jars of Stanford CoreNLP 3.6.0 are not in {folder}")
+    words = ["a", "red", "dog", "runs", "on", "the", "table"]
+    assert captions.spice_scores([(words, [words]), (["rain"], [words]), ([], [words])], folder) == [1, 0, 0]
 
 
 def test_circular_questions_are_right_in_all_rotations(tmp_path):

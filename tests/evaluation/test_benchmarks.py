@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 
@@ -86,6 +87,37 @@ def test_an_evaluation_has_lines_scores_and_controls(benchmark, folder, model, t
     before = (tmp_path / "out/items.jsonl").read_bytes()
     evaluate(model, benchmark, root=folder, output=tmp_path / "out", store=tmp_path / "store", batch_size=3)
     assert (tmp_path / "out/items.jsonl").read_bytes() == before
+
+
+def first_record(content):
+    """Return the first object of JSON with a question, an image or captions."""
+    if isinstance(content, dict) and {"question", "text", "answers", "sentences", "caption", "answer"} & {
+        *content
+    }:
+        return content
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return next(filter(None, map(first_record, parts)), None)
+
+
+@pytest.mark.parametrize("null", [None, [], {}])
+def test_a_null_is_counted_or_refused(benchmark, folder, null):
+    """Or changes nothing: it was a remark."""
+    before = len(items_of(benchmark, folder).items)
+    for file in sorted(folder.rglob("*.json*")):
+        text = file.read_text()
+        lines = text.splitlines() if file.suffix == ".jsonl" or "\n{" in text else [text]
+        first = json.loads(lines[0])
+        record = first_record(first)
+        for key in record or ():
+            kept, record[key] = record[key], null
+            file.write_text("\n".join([json.dumps(first), *lines[1:]]))
+            record[key] = kept
+            with suppress(InputError):
+                found = items_of(benchmark, folder)
+                assert all(item.references and "None" not in item.references for item in found.items), key
+                assert len(found.items) + found.skipped.total == found.num_listed
+                assert found.num_listed >= before
+        file.write_text(text)
 
 
 def test_another_layout_is_refused_with_the_file_that_was_looked_for(benchmark, tmp_path):

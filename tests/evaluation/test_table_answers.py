@@ -138,14 +138,20 @@ def test_another_run_is_refused(model, home):
     with pytest.raises(InputError, match="was started with max_new_tokens 4 .now 5"):
         generate_table(model, given, "answers.jsonl", max_new_tokens=5)
     with pytest.raises(
-        InputError, match="holds an answer to another question for row 1: the table has changed"
+        InputError, match="holds an answer to another question for row 1: the table or its media have changed"
     ):
         generate_table(model, [given[0], {"question": "Who?"}], "answers.jsonl", **SHORT)
     # Another image of the same size in bytes.
     images = [[{"image": {"bytes": content.getvalue()}}] for content in map(bitmap, ("red", "blue"))]
     generate_table(model, images[0], "bytes.jsonl", **SHORT)
-    with pytest.raises(InputError, match="holds an answer to another question for row 0"):
+    with pytest.raises(InputError, match="holds an answer about other media for row 0"):
         generate_table(model, images[1], "bytes.jsonl", **SHORT)
+    # Another image at the same path.
+    Path("image.bmp").write_bytes(bitmap("red").getvalue())
+    generate_table(model, [{"image": "image.bmp"}], "file.jsonl", **SHORT)
+    Path("image.bmp").write_bytes(bitmap("blue").getvalue())
+    with pytest.raises(InputError, match="holds an answer about other media for row 0"):
+        generate_table(model, [{"image": "image.bmp"}], "file.jsonl", **SHORT)
     Path("mine.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="exists already, and has no mine.jsonl.run.json"):
         generate_table(model, given, "mine.jsonl", **SHORT)

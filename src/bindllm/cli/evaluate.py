@@ -44,6 +44,8 @@ class BenchmarkOptions:
     """answer a multiple choice by text, or by the option with the highest log-likelihood"""
     tokenizer: Literal["python", "ptb"] = "python"
     """words of captions: split in Python, or as in published scores and with METEOR (needs Java and pycocoevalcap)"""
+    spice: str | None = None
+    """folder with the jars of Stanford CoreNLP 3.6.0: with --tokenizer ptb, captions have SPICE and SPIDEr too"""
     no_controls: bool = False
     """do not measure the controls: no media, shuffled media, and an answer without a model"""
     batch_size: PositiveInt = 32

@@ -7,6 +7,7 @@ appends to a file of its own, and the first one joins them at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -127,6 +128,20 @@ def read_lines(path: Path, *, is_finished: bool = False) -> list[Line]:
                 if is_finished and text:
                     raise InputError(f"{path} has a damaged line; evaluate again") from error
     return lines
+
+
+def media_sha256(hashes: Iterable[str]) -> Line:
+    """Return the field of a line for the content of its media, from the hash of each; empty without media."""
+    joined = " ".join(hashes)
+    return {"media_sha256": hashlib.sha256(joined.encode()).hexdigest()} if joined else {}
+
+
+def changed_question(old: Line, new: Line) -> str:
+    """Return which part of a question differs from that of an earlier answer, in words; empty: none."""
+    if old.get("prompt_sha256") != new.get("prompt_sha256"):
+        return "to another question"
+    # A file may have been replaced by another one of the same name.
+    return "about other media" if old.get("media_sha256") != new.get("media_sha256") else ""
 
 
 def _bytes(line: Line) -> bytes:

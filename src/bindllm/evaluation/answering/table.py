@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -28,8 +28,8 @@ from bindllm.data.tables import read_table
 from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import InputError, MediaError
 from bindllm.evaluation.answering import loaded_settings
-from bindllm.evaluation.answering.log import AnswerLog, Line
-from bindllm.media import MODALITIES, Media
+from bindllm.evaluation.answering.log import AnswerLog, Line, changed_question, media_sha256
+from bindllm.media import MODALITIES
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.generation import check_options
@@ -228,22 +228,19 @@ def _read(
     except InputError as error:
         return _Row(number, {**line, "error": str(error)}, None)
     text = next((m.text for m in reversed(question.messages) if m.role == "user"), "")
-    # The question that a line answers: a changed table must not mix two.
-    asked = repr([(m.role, _named(m.content), *([m.fields] if m.fields else [])) for m in question.messages])
+    # The question that a line answers: a changed table must not mix two. The content of media is `_hashed` later.
+    asked = repr([(m.role, m.content, *([m.fields] if m.fields else [])) for m in question.messages])
     asked += repr(question.tools) if question.tools else ""
     line["prompt_sha256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
     return _Row(number, {**line, "prompt": text, **({"notes": list(remarks)} if remarks else {})}, question)
 
 
-def _named(content: Sequence[str | Media]) -> list[object]:
-    # Files count by their path. Others have a name that does not tell them apart, such as their size.
-    return [
-        part if isinstance(part, str) or _is_file(part) else (part, part.content_hash()) for part in content
-    ]
-
-
-def _is_file(media: Media) -> bool:
-    return media.modality != "text" and isinstance(media.source, str | Path)
+def _hashed(row: _Row) -> _Row:
+    """Return a row whose line has the hash of its media; media that cannot be read are an error when it is asked."""
+    media = [item for message in row.question.messages for item in message.media] if row.question else ()
+    with suppress(MediaError):
+        return row._replace(line=row.line | media_sha256(item.content_hash() for item in media))
+    return row
 
 
 @dataclass
@@ -269,8 +266,8 @@ class _Run:
                 for batch in self._batches(window):
                     # Batches depend only on the table, so a resumed run, or one of more processes, has the same.
                     is_own = next(batches) % self.processes.world_size == self.processes.rank
-                    if is_own and not self._is_done(batch):
-                        self.log.append(self._lines(batch, recent))
+                    if is_own and not self._is_done(own := [*map(_hashed, batch)]):
+                        self.log.append(self._lines(own, recent))
                     bar.advance(task, len(batch))
         return number
 
@@ -289,10 +286,10 @@ class _Run:
         """
         for number, line, _ in batch:
             old = self.known.get(number)
-            if old and old["prompt_sha256"] != line.get("prompt_sha256"):
+            if old and (words := changed_question(old, line)):
                 raise InputError(
-                    f"{self.log.lines} holds an answer to another question for {line['name']}: the table has changed. "
-                    "Choose another output"
+                    f"{self.log.lines} holds an answer {words} for {line['name']}: the table or its media have "
+                    "changed. Choose another output"
                 )
         return all(row.number in self.known for row in batch)
 

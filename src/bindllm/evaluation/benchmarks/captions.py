@@ -6,16 +6,20 @@ Classes: ModelNet40 and ESC-50.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 from bindllm.atomic import read_json
+from bindllm.data.collate import Lookup
 from bindllm.errors import InputError, needs_extra
 from bindllm.evaluation.benchmarks import parsers
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, Score
@@ -23,18 +27,16 @@ from bindllm.evaluation.benchmarks.metrics import ACCURACY, CAPTIONS, Line
 from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.evaluation.captions import caption_words
 from bindllm.evaluation.layouts import Dataset, read_layout
-from bindllm.evaluation.layouts.dataset import Files, read_entries, require
+from bindllm.evaluation.layouts.dataset import NO_FILE, Files, read_entries, require
 from bindllm.evaluation.ngrams import Cider, Words, bleu_sums, rouge_l
-
-TOKENIZERS = {
-    "python": "words by Unicode NFKC, lower case, without punctuation; published scores use the PTB tokenizer and "
-    "differ a little (--tokenizer ptb). METEOR and SPICE are not measured",
-    "ptb": "words by the PTB tokenizer of published scores. SPICE is not measured",
-}
-"""Tokenizers of captions, and the remark that results have."""
+from bindllm.media import Media
 
 _PTB = "pycocoevalcap.tokenizer.ptbtokenizer"
+_CORENLP = "Stanford CoreNLP 3.6.0"
+_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _POINT_LLM = "PointLLM_brief_description_val_200_GT.json"
+_CHUNK = 1024
+"""Media compared with all others at a time."""
 
 
 def score_captions(items: Sequence[Item]) -> Score:
@@ -58,12 +60,38 @@ def _scores(cider: Cider, candidate: Words, references: Sequence[Words]) -> dict
     }
 
 
-def check_java() -> None:
+def nearest_captions(items: Sequence[Item], lookup: Lookup) -> Iterator[str]:
+    """Yield the first caption of the nearest other media of the benchmark, which needs no training data."""
+    groups: list[tuple[Media, ...]] = [item.media for item in items]
+    vectors = lookup(groups)  # [N, E], unit norm
+    for part in vectors.split(_CHUNK):
+        # Rounded, so that equal media stay equal in whatever order the products are summed.
+        near = (part @ vectors.T).round(decimals=6)
+        # Media with the same embedding are the item itself, or a copy of it.
+        near[near >= 1] = -2
+        yield from (items[n].references[0] for n in near.argmax(dim=1).tolist())
+
+
+def caption_note(tokenizer: str, spice: str | None) -> str:
+    """Return what the reader of the scores must know about a tokenizer of captions, and about SPICE."""
+    if tokenizer == "python":
+        return (
+            "words by Unicode NFKC, lower case, without punctuation; published scores use the PTB tokenizer and differ "
+            "a little (--tokenizer ptb). METEOR and SPICE are not measured"
+        )
+    told = f"SPICE by {_CORENLP}" if spice else "SPICE is not measured (--spice)"
+    return f"words by the PTB tokenizer of published scores. {told}"
+
+
+def check_java(spice: str | None = None) -> None:
     """Raise if captions cannot be scored by Java.
+
+    Args:
+        spice: folder with the jars of the parser of SPICE; None: without SPICE.
 
     Raises:
         MissingExtraError: pycocoevalcap is not installed.
-        InputError: Java is not.
+        InputError: Java is not, or SPICE fails with a first caption.
     """
     with needs_extra(
         "pycocoevalcap", extra="captions", purpose="score captions as published (tokenizer ptb)"
@@ -74,10 +102,17 @@ def check_java() -> None:
             "the PTB tokenizer needs Java, and the command java does not exist; install a JRE, or use the tokenizer "
             "python"
         )
+    if spice:
+        if missing := [name for name in _JARS if not Path(spice, name).is_file()]:
+            raise InputError(f"{spice} has no {' and no '.join(missing)}; give the folder of {_CORENLP}")
+        # Now, not after hours of answers.
+        spice_scores([(["a", "dog"], [["a", "dog"]])], Path(spice))
 
 
-def score_as_published(variants: Iterable[Sequence[Line]], items: Sequence[Item]) -> None:
-    """Score captions again, in place: by the words of the PTB tokenizer, and with the statistics of METEOR.
+def score_as_published(
+    variants: Iterable[Sequence[Line]], items: Sequence[Item], spice: str | None = None
+) -> None:
+    """Score captions again, in place: by the words of the PTB tokenizer, with the statistics of METEOR, and by SPICE.
 
     Raises:
         InputError: Java fails.
@@ -89,7 +124,11 @@ def score_as_published(variants: Iterable[Sequence[Line]], items: Sequence[Item]
     candidates = ptb_words([line["parsed"] or "" for line in lines])
     pairs = [(said, words[line["id"]]) for line, said in zip(lines, candidates, strict=True)]
     cider = Cider([*words.values()])
-    for line, pair, stats in zip(lines, pairs, meteor_stats(pairs), strict=True):
+    added = meteor_stats(pairs)
+    if spice:
+        for stats, value in zip(added, spice_scores(pairs, Path(spice)), strict=True):
+            stats["spice"] = value
+    for line, pair, stats in zip(lines, pairs, added, strict=True):
         score = _scores(cider, *pair)
         line |= {"score": score.pop("score"), "stats": score | stats}
 
@@ -127,7 +166,36 @@ def meteor_stats(pairs: Iterable[tuple[Words, Sequence[Words]]]) -> list[dict[st
     return found
 
 
-def _java(tool: ModuleType, *options: str, lines: Sequence[str]) -> list[str]:
+def spice_scores(pairs: Sequence[tuple[Words, Sequence[Words]]], folder: Path) -> list[float]:
+    """Return SPICE (https://arxiv.org/abs/1607.08822) of each caption, 0..1; 0 of one without words.
+
+    Args:
+        pairs: words of captions, and of their references.
+        folder: with the jars of the parser.
+
+    Raises:
+        InputError: Java fails.
+    """
+    tool = import_module("pycocoevalcap.spice.spice")
+    home, scores = Path(str(tool.__file__)).parent, [0.0] * len(pairs)
+    asked = [
+        {"image_id": n, "test": " ".join(said), "refs": [" ".join(words) for words in references]}
+        for n, (said, references) in enumerate(pairs)
+        if said
+    ]
+    classes = os.pathsep.join(map(str, (home / tool.SPICE_JAR, home / "lib" / "*", folder.absolute() / "*")))
+    with TemporaryDirectory() as name:
+        given, found = Path(name, "captions.json"), Path(name, "scores.json")
+        given.write_text(json.dumps(asked))
+        # Without the cache of parses, whose library fails on newer versions of Java.
+        options = ("-cp", classes, "edu.anu.spice.SpiceScorer", str(given), "-out", str(found), "-silent")
+        _java(tool, "-Xmx8G", *options)
+        for one in read_json(found, InputError, "see the requirements of SPICE in docs/benchmarks.md"):
+            scores[one["image_id"]] = float(one["scores"]["All"]["f"])
+    return scores
+
+
+def _java(tool: ModuleType, *options: str, lines: Sequence[str] = ()) -> list[str]:
     """Return a line of a Java program for each line of its input."""
     done = subprocess.run(
         ["java", "-Dfile.encoding=UTF-8", *options],
@@ -137,8 +205,11 @@ def _java(tool: ModuleType, *options: str, lines: Sequence[str]) -> list[str]:
     )
     found = done.stdout.decode(errors="replace").removesuffix("\n").split("\n") if lines else []
     if done.returncode or len(found) != len(lines):
-        reason = done.stderr.decode(errors="replace").strip()[-300:]
-        raise InputError(f"Java returned {len(found):,} lines for {len(lines):,} captions: {reason}")
+        told = done.stderr.decode(errors="replace").splitlines()
+        reason = " ".join(line for line in told if not line.startswith("\tat "))[-300:]
+        raise InputError(
+            f"Java ended with code {done.returncode} and {len(found):,} lines for {len(lines):,}: {reason}"
+        )
     return found
 
 
@@ -150,6 +221,9 @@ def read_captions(folder: Path, *, layout: str) -> Iterator[Entry]:
         yield Entry(
             _name(item.media.name, folder), {item.media.modality: item.media.source, "caption": captions}
         )
+    # Files that the layout lists without a caption.
+    lost = dataset.num_listed - len(dataset.items) - dataset.skipped.counts.get(NO_FILE, 0)
+    yield from (Entry(f"no caption {n}", {}, problem="no caption") for n in range(lost))
     yield from _skipped(dataset)
 
 

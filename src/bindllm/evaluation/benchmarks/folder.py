@@ -19,7 +19,7 @@ from bindllm.evaluation.benchmarks.metrics import METRICS, SCORE, Line, Metric
 ITEMS, EVALUATION = "items.jsonl", "evaluation.json"
 FORMAT = 1
 
-_RESCORED = ("parser", "unparsed", "tokenizer")
+_RESCORED = ("parser", "unparsed", "tokenizer", "spice")
 """Settings that only change how raw answers are read: with others, finished answers are scored again."""
 
 

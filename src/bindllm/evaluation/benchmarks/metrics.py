@@ -141,7 +141,13 @@ def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
 def _captions(sums: Sums) -> Sums:
     means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
     found = {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
-    return {**found, "meteor": meteor(sums)} if "meteor0" in sums else found
+    if "meteor0" in sums:
+        found["meteor"] = meteor(sums)
+    if "spice" in sums:
+        found["spice"] = ratio(sums["spice"], sums["count"])
+        # https://arxiv.org/abs/1612.00370
+        found["spider"] = (found["cider"] + found["spice"]) / 2
+    return found
 
 
 # Parameters of METEOR 1.5 for English, of https://aclanthology.org/W14-3348: alpha, beta, gamma, delta, and the weights
@@ -172,7 +178,7 @@ def meteor(sums: Sums) -> np.ndarray:
 
 
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
-"""CIDEr-D (0..10), ROUGE-L, corpus BLEU and METEOR (0..1), see `bindllm.evaluation.ngrams`."""
+"""CIDEr-D (0..10), ROUGE-L, corpus BLEU, METEOR and SPICE (0..1), see `bindllm.evaluation.ngrams`; SPIDEr (0..5.5)."""
 
 
 def _pair_sums(lines: Sequence[Line]) -> dict[str, float]:

@@ -39,10 +39,16 @@ from bindllm.evaluation.answering import (
     choice_batches,
     loaded_settings,
 )
+from bindllm.evaluation.answering.log import changed_question, media_sha256
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
 from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
-from bindllm.evaluation.benchmarks.captions import TOKENIZERS, check_java, score_as_published
+from bindllm.evaluation.benchmarks.captions import (
+    caption_note,
+    check_java,
+    nearest_captions,
+    score_as_published,
+)
 from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder, home_of
 from bindllm.evaluation.benchmarks.metrics import Line
 from bindllm.evaluation.benchmarks.parsers import letter
@@ -57,7 +63,6 @@ from bindllm.evaluation.task import (
     shuffle_media,
     without_media,
 )
-from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.context.records import RecordReader
@@ -70,8 +75,6 @@ CONTROL_SHARE = 4
 UNREADABLE = "the media cannot be read"
 
 _SEED, _TEMPERATURE = 0, 0.7
-_CHUNK = 1024
-"""Media compared with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Settings:
         seed: seed of random options.
         prompt: frame of a question, or the question about media with captions; None: that of the benchmark.
         tokenizer: splits captions into words: ``python``, or ``ptb`` as in published scores, which also have METEOR.
+        spice: folder with the jars of Stanford CoreNLP 3.6.0, with which captions have SPICE and SPIDEr too; needs ptb.
         choose: a multiple choice is answered by text, or by the option with the highest log-likelihood.
         controls: measure the controls too.
         batch_size: answers generated at the same time.
@@ -101,6 +105,7 @@ class Settings:
     prompt: str | None = None
     choose: Literal["text", "likelihood"] = "text"
     tokenizer: Literal["python", "ptb"] = "python"
+    spice: str | None = None
     controls: bool = True
     batch_size: int = 32
     max_new_tokens: int | None = None
@@ -121,16 +126,18 @@ class Settings:
         """
         check_choice("choice of unparsed", self.unparsed, ("wrong", "random"))
         check_choice("way to choose", self.choose, ("text", "likelihood"))
-        check_choice("tokenizer", self.tokenizer, tuple(TOKENIZERS))
+        check_choice("tokenizer", self.tokenizer, ("python", "ptb"))
         for name in ("unparsed", "choose"):
             if getattr(self, name) in ("random", "likelihood") and benchmark.format != "choice":
                 raise InputError(
                     f"{name}={getattr(self, name)} needs options, and {benchmark.name} is not a multiple choice"
                 )
+        if self.spice and self.tokenizer != "ptb":
+            raise InputError("spice needs the words of published scores: tokenizer=ptb")
         if self.tokenizer == "ptb":
             if benchmark.format != "caption":
                 raise InputError(f"tokenizer=ptb is for captions, and {benchmark.name} has none")
-            check_java()
+            check_java(self.spice)
         if self.rationales and benchmark.format not in ("choice", "vqa"):
             raise InputError(f"rationales need questions, and {benchmark.name} has {benchmark.format}s")
         if self.samples and self.choose == "likelihood":
@@ -204,9 +211,9 @@ def evaluate(
     folder = EvaluationFolder(Path(output or default))
     with ExitStack() as stack, eval_mode(model):
         known = processes.from_first(partial(_start, folder, facts, stack))
-        lookup = _embed(model, found, store, progress, processes)
+        embeddings = _embed(model, found, store, progress, processes)
         run = _Run(model, benchmark, chosen, root, known, folder, processes)
-        lines = run.measure(found, lookup, progress)
+        lines = run.measure(found, embeddings, progress)
         facts |= _results(run, lines, found, time.perf_counter() - started)
         return folder.close(facts, lines) if processes.is_first else Evaluation(facts, folder.place, lines)
 
@@ -223,8 +230,10 @@ def _choices(model: BindLLM, settings: Settings) -> dict[str, Any]:
     return {**loaded_settings(model), "voted_by": settings.parser if settings.samples else None}
 
 
-def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes) -> Lookup:
-    """Embed all media once, count those that cannot be read, and return the lookup of the model."""
+def _embed(
+    model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes
+) -> MediaEmbeddings:
+    """Embed all media once, and count those that cannot be read."""
     modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
     embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
     context = RunContext(processes, model.device, progress=progress)
@@ -237,6 +246,11 @@ def _embed(model: BindLLM, found: Items, store: str | Path, progress: bool, proc
     found.drop(dict.fromkeys(broken, UNREADABLE))
     if not found.items:
         raise InputError(f"no media can be read: {'; '.join([*broken.values()][:3])}")
+    return embeddings
+
+
+def _lookup(model: BindLLM, embeddings: MediaEmbeddings) -> Lookup:
+    """Return the lookup of a model: of embeddings, and of records if it reads any."""
     if model.datastore is None or model.context is None or not model.context.num_records:
         return embeddings
     reader = RecordReader(model.datastore, model.tokenizer, model.context.config.text_length)
@@ -256,15 +270,19 @@ class _Run:
     processes: Processes
     notes: list[str] = field(default_factory=list)
 
-    def measure(self, found: Items, lookup: Lookup, progress: bool) -> dict[str, list[Line]]:
+    def measure(self, found: Items, embeddings: MediaEmbeddings, progress: bool) -> dict[str, list[Line]]:
         """Return the lines of each variant."""
+        lookup = _lookup(self.model, embeddings)
         if self.model.cache:
             self.notes.append("measured without the visual cache of the model")
         samples = self._samples(found)
         self.items: Sequence[Item] = found.items
         self._lines = {(line["variant"], line["id"]): line for line in self.known}
         self._score = self.benchmark.scorer(self.items)
-        self._prompts = [_prompt_sha256(sample, self.model) for sample in samples]
+        self._hashes = [
+            _prompt_sha256(sample, self.model) | media_sha256(map(embeddings.key, item.row.media))
+            for item, sample in zip(self.items, samples, strict=True)
+        ]
         lines: dict[str, list[Line]] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not progress) as bar:
@@ -297,9 +315,9 @@ class _Run:
             name, texts = baseline
             lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
         if self.settings.tokenizer == "ptb":
-            score_as_published(lines.values(), self.items)
+            score_as_published(lines.values(), self.items, self.settings.spice)
         if self.benchmark.format == "caption":
-            self.notes.append(TOKENIZERS[self.settings.tokenizer])
+            self.notes.append(caption_note(self.settings.tokenizer, self.settings.spice))
         return lines
 
     def _samples(self, found: Items) -> list[Sample]:
@@ -384,10 +402,10 @@ class _Run:
         line = self._lines.get((variant, self.items[n].id))
         if line is None:
             return None
-        if line["prompt_sha256"] != self._prompts[n]:
+        if words := changed_question(line, self._hashes[n]):
             raise InputError(
-                f"{self.folder.place} holds an answer to another question {line['id']!r}: the files of the benchmark "
-                "have changed. Choose another output"
+                f"{self.folder.place} holds an answer {words} for {line['id']!r}: the files of the benchmark have "
+                "changed. Choose another output"
             )
         answer = line["answer"]
         return self._line(
@@ -412,7 +430,7 @@ class _Run:
         return {
             **line_of(item, home_of(self.root)),
             "variant": variant,
-            "prompt_sha256": self._prompts[n],
+            **self._hashes[n],
             "parser": name,
             "answer": answer,
             "parsed": parsed,
@@ -425,7 +443,7 @@ class _Run:
     def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:
         """Return name and answers of the control without a model; None: it is not defined."""
         if self.benchmark.format == "caption":
-            texts = list(_nearest_captions(self.items, lookup)) if len(self.items) > 1 else None
+            texts = list(nearest_captions(self.items, lookup)) if len(self.items) > 1 else None
             return texts and (NEAREST_CAPTION, texts)
         counts = Counter(
             answer_of(item.row.options, ord(item.letter) - ord("A")) if item.letter else text
@@ -435,22 +453,10 @@ class _Run:
         return MAJORITY_ANSWER, [counts.most_common(1)[0][0]] * len(samples)
 
 
-def _nearest_captions(items: Sequence[Item], lookup: Lookup) -> Iterator[str]:
-    """Yield the first caption of the nearest other media of the benchmark, which needs no training data."""
-    groups: list[tuple[Media, ...]] = [item.media for item in items]
-    vectors = lookup(groups)  # [N, E], unit norm
-    for part in vectors.split(_CHUNK):
-        # Rounded, so that equal media stay equal in whatever order the products are summed.
-        near = (part @ vectors.T).round(decimals=6)
-        # Media with the same embedding are the item itself, or a copy of it.
-        near[near >= 1] = -2
-        yield from (items[n].references[0] for n in near.argmax(dim=1).tolist())
-
-
-def _prompt_sha256(sample: Sample, model: BindLLM) -> str:
-    """Return the hash of the text that the decoder reads before it answers."""
+def _prompt_sha256(sample: Sample, model: BindLLM) -> Line:
+    """Return the field of a line for the text that the decoder reads before it answers."""
     text = model.tokenizer.decode(sample.input_ids[: sample.prompt_length])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"prompt_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
 
 
 def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, seconds: float) -> dict[str, Any]:
