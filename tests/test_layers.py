@@ -15,7 +15,7 @@ ROOMS = [
     *("errors", "atomic", "imports", "parallel", "media", "conversation", "shots"),
     *("encoders", "testing", "embeddings", "cache"),
     *("model", "data", "objectives", "evaluation", "report", "card", "training"),
-    *("convert", "quickstart", "reasoning", "serving", "lmms_eval", "cli"),
+    *("convert", "quickstart", "reasoning", "unclip", "serving", "lmms_eval", "cli"),
 ]
 MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 500, 60, 12
 

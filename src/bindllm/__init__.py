@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bindllm.media import Media
     from bindllm.model.bindllm import BindLLM
     from bindllm.shots import Shot
+    from bindllm.unclip.imagine import Imagine
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Conversation": "bindllm.conversation",
     "EmbeddingStore": "bindllm.embeddings.store",
     "Encoder": "bindllm.encoders",
+    "Imagine": "bindllm.unclip.imagine",
     "Media": "bindllm.media",
     "Message": "bindllm.conversation",
     "Shot": "bindllm.shots",
@@ -38,6 +40,7 @@ __all__ = [
     "Conversation",
     "EmbeddingStore",
     "Encoder",
+    "Imagine",
     "Media",
     "Message",
     "Shot",

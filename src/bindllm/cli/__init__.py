@@ -24,6 +24,8 @@ COMMANDS = {
     "serve": ("serve", "serve a checkpoint: a chat page, and OpenAI's API for programs"),
     "solve": ("solve", "answer in several steps, with tools that look at media"),
     "encode": ("encode", "print pairwise cosine similarities of files and texts"),
+    "imagine": ("unclip.imagine", "draw media of any modality, through an unCLIP pipeline"),
+    "fit_map": ("unclip.fit_map", "fit a linear map from an encoder's space to that of an unCLIP pipeline"),
     "convert": ("folders", "convert published weights; every tensor is accounted for"),
     "index": ("index", "build or update a visual cache: an index of image embeddings"),
     "datastore": ("index", "build a datastore: records that a model with context retrieves"),

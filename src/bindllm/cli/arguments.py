@@ -81,10 +81,10 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     parser, keys = _parser(name, function, {action.dest: action.help for action in schema._actions})
     # A shell expands ~ at the start of a word, not after --option=.
     words = [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), word) for word in words]
-    # Unknown words may belong to an encoder or a recipe, which only the command can read.
-    given, unknown = parser.parse_known_args(words)
-    values = {keys[option]: value for option, value in vars(given).items()}
     takes_overrides = OVERRIDES in inspect.signature(function).parameters
+    # Unknown words may belong to an encoder or a recipe, which only the command can read.
+    given, unknown = parser.parse_known_args(_join_values(words) if takes_overrides else words)
+    values = {keys[option]: value for option, value in vars(given).items()}
     if unknown and not (takes_overrides and ("config" in values or unknown[0].startswith("--encoder."))):
         parser.refuse(unknown)
     try:
@@ -96,6 +96,18 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
         option = {key: f"--{option}" for option, key in keys.items()}.get(message.partition(":")[0])
         raise UsageError(message if option is None else f"{option}:{message.partition(':')[2]}") from error
     return {**vars(chosen), **({OVERRIDES: unknown} if takes_overrides else {})}
+
+
+def _join_values(words: Sequence[str]) -> list[str]:
+    """Join ``--encoder.NAME VALUE`` into one word: the parser would take the value for a file of the command."""
+    joined: list[str] = []
+    for word in words:
+        is_value = joined and joined[-1].startswith("--encoder.") and "=" not in joined[-1]
+        if is_value and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def plain_message(message: str) -> str:

@@ -74,7 +74,7 @@ def encode(
     media += [Media.text(words) for words in text]
     # Before the weights: a wrong device is an error of milliseconds.
     device = encoders.find_device()
-    loaded = encoders.load(overrides) or [_default_encoder()]
+    loaded = encoders.load(overrides) or [default_encoder()]
     # Embeddings of different widths cannot be compared: found before the first file is read.
     common_size(loaded)
     # Rows have unit norm, so their products are the cosines.
@@ -97,7 +97,7 @@ def _print_tables(media: Sequence[Media], cosines: Tensor, encoders: Sequence[An
     print_whole(_table("cosine", media, media, cosines, numbers=True), *more)
 
 
-def _default_encoder() -> Any:
+def default_encoder() -> Any:
     """Return ImageBind from its default folder, or raise an EncoderError."""
     if not Path(DEFAULT).is_dir():
         raise EncoderError(

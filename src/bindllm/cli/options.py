@@ -25,6 +25,8 @@ from bindllm.model.checkpoint import MANIFEST, build_object, build_own
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from bindllm.cache.visual_cache import VisualCache
+
 PositiveNumber = restricted_number_type("PositiveNumber", float, [(">", 0), ("<", math.inf)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
 
@@ -110,6 +112,23 @@ class CacheOptions:
         # Option names have a prefix that the settings do not have.
         settings = {"weight": self.cache_weight, "top_k": self.cache_top_k}
         return {name: value for name, value in settings.items() if value is not None}
+
+    def open(self) -> VisualCache | None:
+        """Open the chosen visual cache, if any.
+
+        Raises:
+            UsageError: settings without a cache, which would be ignored.
+        """
+        if self.cache is None:
+            if self.settings:
+                raise UsageError(
+                    f"--cache_{next(iter(self.settings))} needs a visual cache: give --cache FOLDER"
+                )
+            return None
+
+        from bindllm.cache.visual_cache import VisualCache, open_index
+
+        return VisualCache(open_index(self.cache), **self.settings)
 
 
 def print_whole(*tables: Table) -> None:

@@ -23,7 +23,6 @@ from bindllm.errors import UsageError, did_you_mean, printable_lines
 from bindllm.shots import RETRIEVED, ShotsBy
 
 if TYPE_CHECKING:
-    from bindllm.cache.visual_cache import VisualCache
     from bindllm.data.report import Skipped
     from bindllm.data.rows import Row
     from bindllm.evaluation.layouts import Column, Dataset
@@ -361,7 +360,7 @@ def zero_shot(
         store=measuring.store,
         device=device,
         templates=templates,
-        cache=_open_cache(cache),
+        cache=cache.open(),
         progress=sys.stderr.isatty(),
     )
     # The result file names its data, so that a number can be measured again.
@@ -396,18 +395,3 @@ def _column(option: str, text: str | None) -> Column | None:
     if not is_modality(modality):
         raise UsageError(f"{option} {text}: expected a modality and a column, such as audio:sound")
     return Column(modality, name or ("caption" if modality == "text" else modality))
-
-
-def _open_cache(options: CacheOptions) -> VisualCache | None:
-    """Open the chosen visual cache."""
-    # Settings without a cache would be ignored.
-    if options.cache is None:
-        if options.settings:
-            raise UsageError(
-                f"--cache_{next(iter(options.settings))} needs a visual cache: give --cache FOLDER"
-            )
-        return None
-
-    from bindllm.cache.visual_cache import VisualCache, open_index
-
-    return VisualCache(open_index(options.cache), **options.settings)

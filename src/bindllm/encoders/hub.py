@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bindllm.atomic import read_json
 from bindllm.encoders.families import FAMILIES, Family, family_of
-from bindllm.errors import BindLLMError, DecoderError, EncoderError, fetch_hint, listed
+from bindllm.errors import BindLLMError, CheckpointError, DecoderError, EncoderError, fetch_hint, listed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +63,8 @@ _IMPLEMENTATIONS = {
 # Pickled weights are never downloaded, for either role. Modules of sentence-transformers have folders such as 2_Dense.
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "*[0-9]_*/model*.safetensors"]
 _DOWNLOADED = {"encoder": {"allow_patterns": _FILES}, "decoder": {"ignore_patterns": ["*.bin", "*.pth"]}}
+# Without copies in half precision, and without single files that hold all parts again.
+_DOWNLOADED["pipeline"] = {"allow_patterns": ["*.json", "*.txt", "README.md", "*/*model.safetensors"]}
 # Processors of images that only resize, rescale and normalize, but need torchvision.
 _PLAIN = ("DINOv3ViTImageProcessor", "DINOv3ViTImageProcessorFast")
 _PIXELS = (
@@ -115,22 +117,22 @@ class ModelSpec:
         return min(tokenizer.model_max_length, self.max_tokens or tokenizer.model_max_length)
 
 
-def find_folder(name: str, revision: str | None, *, role: Literal["encoder", "decoder"] = "encoder") -> Path:
+def find_folder(name: str, revision: str | None, *, role: str = "encoder") -> Path:
     """Return the local folder of a model. A hub id is looked up in the Hugging Face cache, then downloaded.
 
     Args:
         name: a folder, or the id of a model on the hub.
         revision: commit on the hub. An encoder's id needs one, since stored embeddings depend on its weights.
-        role: the part of a `BindLLM` that the model is for.
+        role: "encoder", "decoder", or "pipeline" for images.
 
     Raises:
-        EncoderError, DecoderError: the folder does not exist, an encoder's hub id has no revision, or the model cannot
-            be downloaded.
+        EncoderError, DecoderError, CheckpointError: the folder does not exist, an encoder's hub id has no revision, or
+            the model cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     # A local folder always wins, so that a run never depends on the network by accident.
-    failure = EncoderError if role == "encoder" else DecoderError
+    failure = {"encoder": EncoderError, "decoder": DecoderError}.get(role, CheckpointError)
     # How to read this: `organization/name` may be a hub id, anything else is a path. Paths that do not exist must
     # never turn into downloads.
     organization, slash, rest = name.partition("/")

@@ -280,20 +280,7 @@ class HuggingFace:
 
     def _pixels(self, image: Image.Image, media: Media, processor: Any) -> Tensor:
         """Return an image, or a frame of a video, as its processor gives it."""
-        # CLIP's processor scales the short side to 224 before it cuts out the middle: 1 x 20,000 pixels take gigabytes.
-        size = processor.to_dict().get("size") or {}
-        if "shortest_edge" in size and max(image.size) > _MAX_ASPECT * min(image.size):
-            raise MediaError(
-                f"{media.name}: {image.width} x {image.height} pixels, longer than {_MAX_ASPECT} times the short side; "
-                "crop the image first"
-            )
-        try:
-            made: BatchFeature = processor(images=image, return_tensors="pt")
-        except (ValueError, ZeroDivisionError, OverflowError) as error:
-            raise MediaError(
-                f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
-                f"{self._name} cannot take ({error}); scale it first"
-            ) from error
+        made = run_processor(processor, image, media, owner=self._name)
         if media.modality == "image" and self._spec.takes_patches("image"):
             rows, columns = made["spatial_shapes"][0].tolist()
             return made["pixel_values"][0, : rows * columns].reshape(rows, columns, -1).float()
@@ -377,3 +364,25 @@ class HuggingFace:
                 found = token_grids(states, self._spec, modality, batch, processor)
                 grids.update(zip(positions, found, strict=True))
         return Embedded(rows, [grids[position] for position in sorted(grids)])
+
+
+def run_processor(processor: Any, image: Image.Image, media: Media, *, owner: str) -> BatchFeature:
+    """Return the output of an image processor of transformers for an image of media.
+
+    Raises:
+        MediaError: the image has proportions that the processor of ``owner`` cannot take.
+    """
+    # CLIP's processor scales the short side to 224 before it cuts out the middle: 1 x 20,000 pixels take gigabytes.
+    size = processor.to_dict().get("size") or {}
+    if "shortest_edge" in size and max(image.size) > _MAX_ASPECT * min(image.size):
+        raise MediaError(
+            f"{media.name}: {image.width} x {image.height} pixels, longer than {_MAX_ASPECT} times the short side; "
+            "crop the image first"
+        )
+    try:
+        return processor(images=image, return_tensors="pt")
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise MediaError(
+            f"{media.name}: an image of {image.width} x {image.height} pixels that the processor of "
+            f"{owner} cannot take ({error}); scale it first"
+        ) from error

@@ -1,0 +1,1 @@
+"""Commands for unCLIP pipelines (docs/imagine.md)."""

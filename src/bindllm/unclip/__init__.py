@@ -1,0 +1,1 @@
+"""Image output: embeddings of any media, drawn by an unCLIP pipeline of diffusers."""
