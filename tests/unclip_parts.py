@@ -9,7 +9,9 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -84,6 +86,21 @@ def save_tiny_pipeline(folder: Path, *, width: int = WIDTH, seed: int = 0) -> Pa
     )
     pipeline.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: openrail++\n---\n# Tiny\n")
+    return folder
+
+
+def save_tiny_clip(pipeline: Path, folder: Path) -> Path:
+    """Write a CLIP whose vision tower is the image encoder of a pipeline; return its folder."""
+    own = CLIPVisionModelWithProjection.from_pretrained(pipeline / "image_encoder")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config=own.config.to_dict(), text_config=text, projection_dim=own.config.projection_dim
+    )
+    clip = CLIPModel(config)
+    clip.vision_model.load_state_dict(own.vision_model.state_dict())
+    clip.visual_projection.load_state_dict(own.visual_projection.state_dict())
+    clip.save_pretrained(folder)
+    CLIPImageProcessorPil.from_pretrained(pipeline / "feature_extractor").save_pretrained(folder)
     return folder
 
 

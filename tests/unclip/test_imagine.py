@@ -10,12 +10,13 @@ from PIL import Image
 
 from bindllm import Imagine, Media, VisualCache
 from bindllm.cache.blend import CacheSettings
+from bindllm.encoders import HuggingFace
 from bindllm.encoders.fusion import fuse
 from bindllm.errors import CheckpointError, InputError, MediaError, MissingExtraError, StoreError
 from bindllm.testing import check_encoder, synthetic_media
 from bindllm.unclip.images import PipelineImages
 from tiny import COLORS, ColorEncoder, color_images
-from unclip_parts import SIDE, WIDTH, JointEncoder, Sounds, save_tiny_pipeline
+from unclip_parts import SIDE, WIDTH, JointEncoder, Sounds, save_tiny_clip, save_tiny_pipeline
 
 RED, BLUE = (Media.image(np.full((40, 40, 3), COLORS[name], np.uint8)) for name in ("red", "blue"))
 NOISE = synthetic_media("image")[0]
@@ -205,6 +206,18 @@ def test_the_pipelines_own_encoder_keeps_the_contract(pipeline):
     check_encoder(PipelineImages(str(pipeline)))
     with pytest.raises(MediaError, match="longer than 100 times the short side"):
         PipelineImages(str(pipeline)).prepare(Media.image(np.zeros((1, 200, 3), np.uint8)))
+
+
+def test_a_clip_with_the_pipelines_image_encoder_shares_its_space(pipeline, tmp_path):
+    """As a CLIP ViT-H of the hub next to a pipeline that was trained on it."""
+    save_tiny_clip(pipeline, tmp_path / "same")
+    imagine = Imagine(pipeline, [HuggingFace(str(tmp_path / "same"))], device="cpu")
+    own = PipelineImages(str(pipeline))
+    expected = own.embed("image", [own.prepare(RED)])[0] * imagine.norm
+    torch.testing.assert_close(imagine.embed([[RED]])[0], expected)
+    save_tiny_clip(save_tiny_pipeline(tmp_path / "other", seed=1), tmp_path / "another")
+    with pytest.raises(CheckpointError, match="HuggingFace embeds images in another space than tiny"):
+        Imagine(pipeline, [HuggingFace(str(tmp_path / "another"))], device="cpu")
 
 
 def test_encoders_of_another_space_are_refused_with_the_way_to_a_map(pipeline, tmp_path):

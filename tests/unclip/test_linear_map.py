@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bindllm import Imagine, Media
+from bindllm.encoders import ImageBind
 from bindllm.errors import CheckpointError, InputError
+from bindllm.testing import synthetic_media
 from bindllm.unclip.images import PipelineImages
-from bindllm.unclip.linear_map import LinearMap, fit_ridge
+from bindllm.unclip.linear_map import LinearMap, MapFacts, fit_ridge
+from imagebind_small import write_small_imagebind
 from tiny import ColorEncoder, color_images
 from unclip_parts import WIDTH, save_tiny_pipeline
 
@@ -92,6 +95,23 @@ def test_an_encoder_of_another_width_is_drawn_through_its_map(fitted, pipeline, 
     torch.testing.assert_close(imagine.embed([[RED]]), expected)
     [image] = imagine([RED], steps=1)
     assert image.facts["map"] == vars(fitted.facts)
+
+
+def test_imagebind_hears_through_a_map(pipeline, tmp_path):
+    encoder = ImageBind(str(write_small_imagebind(tmp_path / "imagebind")))
+    # Its width is that of the pipeline, and its made-up weights have another space.
+    with pytest.raises(CheckpointError, match="ImageBind embeds images in another space than tiny"):
+        Imagine(pipeline, [encoder], device="cpu")
+    prints = encoder.fingerprint(), PipelineImages(str(pipeline)).fingerprint()
+    facts = MapFacts("ImageBind", prints[0], "tiny", prints[1], 9, 1.0, 0.9, 0.5, norm=2.0)
+    turned = LinearMap(torch.eye(WIDTH).roll(1, 1), torch.zeros(WIDTH), facts)
+    imagine = Imagine(pipeline, [encoder], linear_map=turned, device="cpu", dtype="float32")
+    tones = synthetic_media("audio")
+    heard = encoder.embed("audio", [encoder.prepare(tone) for tone in tones])
+    torch.testing.assert_close(imagine.embed([[tone] for tone in tones]), 2 * heard.roll(1, 1))
+    images = [next(imagine([tone], steps=1)) for tone in tones[:2]]
+    assert images[0].image.tobytes() != images[1].image.tobytes()
+    assert images[0].facts["license"]["encoders"] == ["CC-BY-NC 4.0 (no commercial use)"]
 
 
 def test_maps_of_other_encoders_and_pipelines_are_refused(fitted, pipeline, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,26 @@ def test_the_facts_are_those_of_the_files(pipeline):
 def test_a_folder_that_is_missing_never_becomes_a_download(tmp_path):
     with pytest.raises(CheckpointError, match="pipeline folder .* does not exist"):
         read_pipeline(str(tmp_path / "nowhere"))
+
+
+def test_an_id_is_downloaded_without_pickles_and_copies(pipeline, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(pipeline)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert read_pipeline("lab/unclip", "abc").name == "lab/unclip"
+    assert (asked["name"], asked["revision"]) == ("lab/unclip", "abc")
+
+    def is_taken(file: str) -> bool:
+        return any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+
+    needed = [str(file.relative_to(pipeline)) for file in pipeline.rglob("*") if file.is_file()]
+    assert all(map(is_taken, needed))
+    copies = ("unclip.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.bin", "a.py")
+    assert not any(map(is_taken, copies))
 
 
 def test_another_kind_of_pipeline_is_refused(copied):
