@@ -281,3 +281,13 @@ def test_a_reply_ends_with_the_second_of_two_equal_calls(brain, model, monkeypat
     constrained = kind.__call__
     monkeypatch.setattr(kind, "__call__", follow)
     assert ask(brain).calls == (("look", {"image": "image1", "side": "left"}),) * 2
+
+
+def test_the_masker_ends_an_answer_that_no_token_can_continue(model):
+    tokenizer = model.tokenizer
+    end = tokenizer.eos_token_id
+    # No token has this character, and no text has been written.
+    masker = FlatMasker("\ufffe", tokenizer, 0, [end], lambda ids: False)
+    scores = torch.zeros(1, len(tokenizer))
+    masked = masker(torch.empty(1, 0, dtype=torch.long), scores)
+    assert masked[0].isfinite().nonzero().flatten().tolist() == [end]

@@ -131,6 +131,8 @@ class FlatMasker(LogitsProcessor):
                     break
                 if may_end if token in self._ends else self._follows(text, [*ids.tolist(), token]):
                     kept.append(token)
+        # If no token of the vocabulary may follow, the answer ends, and the check of its calls reports it.
+        kept = kept or self._ends
         masked = torch.full_like(scores, -torch.inf)
         masked[0, kept] = scores[0, kept]
         return masked
