@@ -248,20 +248,35 @@ def drawn_batch(tokenizer, copied, *, length=4):
 def test_a_training_step_draws_the_number_of_records_and_the_groups_without_any(decoder):
     tokenizer = context_model(decoder).tokenizer
     torch.manual_seed(0)
-    counts, absent = [], 0
+    counts, absent, foreign = [], 0, 0
     for _ in range(60):
         batch, found = drawn_batch(tokenizer, 0.0)
+        assert torch.equal(found["labels"], batch["labels"])
         count = found["context_ids"].shape[2]
         counts.append(count)
-        present = found["context_embeddings"].flatten(2).any(-1)
+        given = {name: value[:, :, :count] for name, value in batch.items() if name.startswith("context")}
+        present = found["context_embeddings"].flatten(1).any(-1)
         absent += int((~present).sum())
-        assert torch.equal(
-            found["context_embeddings"][present], batch["context_embeddings"][:, :, :count][present]
-        )
-        assert torch.equal(found["context_ids"][..., :4], batch["context_ids"][:, :, :count])
-        assert torch.equal(found["labels"], batch["labels"])
+        for row in present.nonzero().flatten().tolist():
+            is_own = torch.equal(found["context_embeddings"][row], given["context_embeddings"][row])
+            source = row if is_own else 1 - row
+            for name in ("context_embeddings", "context_ids"):
+                assert torch.equal(found[name][row][..., : given[name].shape[-1]], given[name][source])
+            # The score of foreign records is that of random ones.
+            assert torch.equal(found["context_scores"][row], given["context_scores"][row]) == is_own
+            foreign += not is_own
     assert {*counts} == {1, 2, 3}
     assert 4 < absent < 30
+    assert 10 < foreign < 40
+
+
+def test_the_only_row_of_a_step_keeps_its_own_records(decoder):
+    tokenizer = context_model(decoder).tokenizer
+    batch = {name: value[:1] for name, value in drawn_batch(tokenizer, 0.0)[0].items()}
+    for _ in range(20):
+        found = draw_records(batch, CONTEXT, tokenizer)
+        count = found["context_ids"].shape[2]
+        assert torch.equal(found["context_scores"], batch["context_scores"][:, :, :count])
 
 
 @pytest.mark.parametrize("length", [4, 6], ids=["shorter texts", "texts as long as the model reads"])
@@ -280,18 +295,20 @@ def test_copied_answers_are_the_text_of_the_nearest_record(decoder, length):
             # The end is never another token: an answer that never ends would be learned.
             assert answer[-1] == tokenizer.eos_token_id
             changed = not torch.equal(answer, batch["input_ids"][row, 3:])
-            if not present[row]:
-                # Random words cannot be known without a record.
+            own = torch.equal(found["context_scores"][row, 0, 0], batch["context_scores"][row, 0, 0])
+            if not present[row] or not own:
+                # Random words cannot be known without a record of their own.
                 assert not changed
                 continue
             text = found["context_ids"][row, 0, 0]
             assert torch.equal(text[text >= 0], answer)
             random, same = random + changed, same + (not changed)
-    assert 30 < random < 80
-    assert 30 < same < 80
+    assert 20 < random < 60
+    assert 20 < same < 60
 
 
-def test_of_several_answers_about_a_media_the_first_is_copied(decoder):
+def test_of_several_answers_about_a_media_the_first_is_copied(decoder, monkeypatch):
+    monkeypatch.setattr("bindllm.model.context.draws._FOREIGN", 0)
     tokenizer = context_model(decoder).tokenizer
     end, copied = tokenizer.eos_token_id, 0
     text = torch.tensor([[1, 40, end, 2, 41, end]] * 2)
@@ -308,7 +325,8 @@ def test_of_several_answers_about_a_media_the_first_is_copied(decoder):
     assert copied > 20
 
 
-def test_only_answers_about_media_with_records_are_copied(decoder):
+def test_only_answers_about_media_with_records_are_copied(decoder, monkeypatch):
+    monkeypatch.setattr("bindllm.model.context.draws._FOREIGN", 0)
     tokenizer = context_model(decoder).tokenizer
     batch, _ = drawn_batch(tokenizer, 0.0)
     batch["media_index"] = torch.full_like(batch["media_index"], -1)

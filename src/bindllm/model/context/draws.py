@@ -1,14 +1,17 @@
-"""Random choices of a training step: the number of records, media groups without records, and copied answers.
+"""Random choices of a training step: the number of records, groups without them or with foreign ones, copied answers.
 
 A model that knows the answers to its training images does not need records, so it would learn to ignore them.
 Therefore some media groups get a record whose text is the answer. In half of these, the words of the answer are random,
 so the model finds them only in the record. These are like the made-up names of Link-Context Learning (arXiv 2308.07891,
 section 3.2).
+
+A model that always needs its records would follow any. Therefore some groups get the records of another row, with the
+scores of random records: it learns to trust a record by its score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,9 @@ from bindllm.model.bind_network import draw_alone
 from bindllm.model.context import NO_TOKEN, ContextConfig
 
 _IGNORED = -100
+_FOREIGN = 0.25
+"""Share of the media groups with the records of another row."""
+
 _RANDOM_WORDS = 0.5
 """Share of the copied answers whose words are replaced."""
 
@@ -43,9 +49,20 @@ def draw_records(
     # Embeddings of zeros are not records. So the model also learns to answer without any.
     absent = draw_alone(embeddings.shape[:2]).to(embeddings.device)
     embeddings = embeddings.masked_fill(absent[..., None, None], 0)
+    # A single row has no other one, and own records must not look foreign.
+    foreign = (torch.rand(absent.shape, device="cpu") < _FOREIGN) & ~absent.cpu() & (len(absent) > 1)
+    embeddings, scores, texts = _exchange(foreign, embeddings, scores, texts)
     found = {**batch, **dict(zip(names, (embeddings, scores, texts), strict=True))}
-    copies = torch.rand(absent.shape, device="cpu") < config.copied
+    copies = (torch.rand(absent.shape, device="cpu") < config.copied) & ~foreign
     return _copy_answers(found, copies & embeddings.any(-1)[:, :, 0].cpu(), config.text_length, tokenizer)
+
+
+def _exchange(chosen: Tensor, embeddings: Tensor, scores: Tensor, texts: Tensor) -> Iterator[Tensor]:
+    """Give each chosen media group, bool [B, M], the records of the row before, as if they were drawn at random."""
+    # A score counts standard deviations above the mean of the datastore, so that of a random record is normal.
+    others = embeddings.roll(1, 0), torch.randn(scores.shape, device="cpu").to(scores), texts.roll(1, 0)
+    for own, other in zip((embeddings, scores, texts), others, strict=True):
+        yield torch.where(chosen.to(own.device).view(*chosen.shape, *[1] * (own.dim() - 2)), other, own)
 
 
 def _copy_answers(

@@ -157,7 +157,8 @@ class Injection(nn.Module):
         self.context_gates = nn.Parameter(torch.zeros(shape)) if has_context else None
         self.context_reader = None
         if has_context and self.reader:
-            self.context_reader = CrossReader(len(layers), width, context_width)
+            # Records may be wrong, media are not.
+            self.context_reader = CrossReader(len(layers), width, context_width, has_sink=True)
         for index, layer in enumerate(layers):
             if self.kind == "residual":
                 layer.register_forward_pre_hook(partial(self._add_to_input, index), with_kwargs=True)

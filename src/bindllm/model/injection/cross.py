@@ -33,16 +33,20 @@ class CrossReader(nn.Module):
         num_layers: ``L``.
         width: ``D``.
         key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only.
+        has_sink: whether a further key and value of zeros take attention that no token deserves. So a reader can add
+            nothing ("softmax off by one"; the attention sinks of Xiao et al., arXiv 2309.17453).
 
     Attributes:
         query: query projections, zeros at the start, so that each bind token counts the same, [L, R, D, d].
         key: key projections, [L, R, K, d].
     """
 
-    def __init__(self, num_layers: int, width: int, key_width: int | None = None) -> None:
+    def __init__(
+        self, num_layers: int, width: int, key_width: int | None = None, *, has_sink: bool = False
+    ) -> None:
         super().__init__()
         key_width = width if key_width is None else key_width
-        self.width = width
+        self.width, self.has_sink = width, has_sink
         self.query = nn.Parameter(torch.zeros(num_layers, HEADS, width, HEAD_SIZE))
         self.key = nn.Parameter(torch.randn(num_layers, HEADS, key_width, HEAD_SIZE) * key_width**-0.5)
 
@@ -83,7 +87,9 @@ class CrossReader(nn.Module):
         scores = query @ keys
         if masked is not None:
             scores = scores.masked_fill(masked, -torch.inf)
-        shares = scores.softmax(-1, dtype=torch.float32)
+        if self.has_sink:
+            scores = nn.functional.pad(scores, (0, 1))
+        shares = scores.softmax(-1, dtype=torch.float32)[..., : values.shape[2]]
         # One product for all heads: they read the same values.
         weights = torch.einsum("brtn,r->btn", shares, _GATE_SCALE * gates.float())
         return (size * (weights.to(values.dtype) @ values.squeeze(1))).to(hidden.dtype)
