@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,26 +24,29 @@ SEVEN_BILLION = {
 }
 
 
-def bare_decoder() -> PreTrainedModel:
-    """Return a decoder without hooks."""
+def bare_decoder(attention: str | None = None) -> PreTrainedModel:
+    """Return a decoder without hooks, with an attention kernel or transformers' choice."""
     if not torch.cuda.is_available():
-        return load_decoder(DECODER)
+        return load_decoder(replace(DECODER, attention=attention))
     config = AutoConfig.for_model("llama", **SEVEN_BILLION)
     with torch.device("cuda"):
-        decoder = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        decoder = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
     return decoder.eval().requires_grad_(False)
 
 
-def bound_model(*, open_gates: bool = True, **parts: Any) -> BindLLM:
+def bound_model(*, open_gates: bool = True, attention: str | None = None, **parts: Any) -> BindLLM:
     """Return the same decoder with bind network and injection; open gates, so that no computation can be skipped.
 
     Args:
         open_gates: whether the gates are open.
+        attention: as for `bare_decoder`.
         **parts: ``bind`` and ``inject`` as for `BindLLM`.
     """
     torch.manual_seed(0)
     encoders = [EfficientNetLite()]
-    model = BindLLM(bare_decoder(), load_tokenizer(DECODER), DECODER, encoders=encoders, **parts)
+    model = BindLLM(bare_decoder(attention), load_tokenizer(DECODER), DECODER, encoders=encoders, **parts)
     model.set_trainable(["bind", "inject"])
     if open_gates:
         torch.nn.init.constant_(model.injection.gates, 0.01)

@@ -61,6 +61,7 @@ def metrics() -> list[Metric]:
             f"4096 x 1024 x 1024: {halved / 1e9:.0f} over {whole / 1e9:.0f} GFLOP/s; above 1, bfloat16 pays here",
         ),
         _memory(),
+        *_attention(),
         *_fewer_layers(batch),
     ]  # fmt: skip
 
@@ -77,6 +78,21 @@ def whole_step(model: BindLLM, batch: dict[str, Tensor]) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
+
+
+def _attention() -> list[Metric]:
+    """Compare a step with plain products in the attention with one of torch's fused kernel."""
+    found = []
+    for tokens in (24, 96, 512):
+        eager, fused = bound_model(attention="eager"), bound_model(attention="sdpa")
+        # As many tokens in all, but for the shortest rows.
+        batch = training_batch(eager.decoder, rows=max(2, 1536 // max(96, tokens)), tokens=tokens, answer=6)
+        ratio, ours, theirs = paired(whole_step(eager, batch), whole_step(fused, batch), repeats=5)
+        note = (
+            f"rows of {tokens} tokens: {ours * 1e3:.0f} over {theirs * 1e3:.0f} ms; below 1, eager pays here"
+        )
+        found.append(Metric(f"train_step_eager_over_sdpa_{tokens}", ratio, "ratio", None, note))
+    return found
 
 
 def _fewer_layers(batch: dict[str, Tensor]) -> list[Metric]:

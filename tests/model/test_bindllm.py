@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from bindllm import BindLLM, Conversation, Media, Message
 from bindllm.errors import CheckpointError, DecoderError, InputError, MediaError
 from bindllm.model.bind_network import BindConfig
+from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.generation.scores import UNSURE
 from bindllm.model.injection import InjectConfig
@@ -269,6 +272,18 @@ def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder, kind, side):
     torch.testing.assert_close(found, full, atol=2e-5, rtol=1e-4)
     alone = model(**{name: value[1:] for name, value in inputs.items()}).logits
     torch.testing.assert_close(alone, full[1:], atol=2e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_does_not_keep_the_attention_kernel_of_its_training(tmp_path):
+    model = tiny_model(save_tiny_decoder(tmp_path / "decoder"))
+    # This machine has no flash attention; the training had.
+    model.config = dataclasses.replace(model.config, attention="flash_attention_2")
+    model.save_pretrained(tmp_path / "m")
+    loaded = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
+    assert loaded.config.attention is None
+    assert loaded.decoder.config._attn_implementation != "flash_attention_2"
+    before, after = (fingerprint_checkpoint(each.describe(), {}) for each in (model, loaded))
+    assert before == after
 
 
 def test_padding_on_the_right_costs_no_attention_mask(model):

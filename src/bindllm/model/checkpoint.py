@@ -338,9 +338,9 @@ def fingerprint_checkpoint(manifest: Mapping[str, Any], tensors: Mapping[str, Te
         key: manifest["decoder"].get(key)
         for key in ("fingerprint", "dtype", "system", "template", "quantize")
     }
-    # Later settings count only where they are set, so that earlier folders keep their fingerprints.
-    later = ("template_options", "attention")
-    decoder |= {key: manifest["decoder"][key] for key in later if manifest["decoder"].get(key)}
+    # A later setting counts only where it is set, so that earlier folders keep their fingerprints.
+    if options := manifest["decoder"].get("template_options"):
+        decoder["template_options"] = options
     encoders = [(entry["class_path"], entry["fingerprint"]) for entry in manifest["encoders"]]
     configs = [manifest.get(key) for key in ("bind", "inject", "adapter", "context")]
     digest = hashlib.sha256(json.dumps([decoder, encoders, configs], sort_keys=True, default=str).encode())

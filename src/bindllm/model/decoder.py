@@ -108,8 +108,8 @@ class DecoderConfig:
     """Frozen projections in 4 bits (`nf4`, as in QLoRA) or 8 bits (`int8`), through bitsandbytes; null: as they are."""
 
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """The attention kernel: `eager` is plain products, `flash_attention_2` needs its package and a GPU; null:
-    transformers chooses, mostly `sdpa`. Results are the same up to rounding."""
+    """The attention kernel of a training: `eager` is plain products, `flash_attention_2` needs its package and a GPU;
+    null: transformers chooses, mostly `sdpa`. Results are the same up to rounding. A loaded checkpoint has null."""
 
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
