@@ -274,13 +274,14 @@ def test_a_row_is_the_same_alone_in_a_batch_and_padded(decoder, kind, side):
     torch.testing.assert_close(alone, full[1:], atol=2e-5, rtol=1e-4)
 
 
-def test_a_checkpoint_does_not_keep_the_attention_kernel_of_its_training(tmp_path):
+def test_a_checkpoint_does_not_keep_the_kernels_of_its_training(tmp_path):
     model = tiny_model(save_tiny_decoder(tmp_path / "decoder"))
     # This machine has no flash attention; the training had.
-    model.config = dataclasses.replace(model.config, attention="flash_attention_2")
+    model.config = dataclasses.replace(model.config, attention="flash_attention_2", compile=True)
     model.save_pretrained(tmp_path / "m")
     loaded = BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
     assert loaded.config.attention is None
+    assert not loaded.config.compile
     assert loaded.decoder.config._attn_implementation != "flash_attention_2"
     before, after = (fingerprint_checkpoint(each.describe(), {}) for each in (model, loaded))
     assert before == after

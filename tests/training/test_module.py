@@ -62,6 +62,16 @@ def test_the_decoder_is_not_loaded_before_the_run(make):
     assert module.model is None
 
 
+def test_the_layers_are_compiled_if_the_recipe_asks(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("bindllm.training.module.compile_layers", compiled.append)
+    for setting in (False, True):
+        module, _ = make()
+        module.decoder_config.compile = setting
+        module.configure_model()
+        assert compiled == [module.model.decoder] * setting
+
+
 def test_any_class_with_the_methods_is_an_encoder():
     assert issubclass(ColorEncoder, AnyEncoder)
     assert not issubclass(dict, AnyEncoder)

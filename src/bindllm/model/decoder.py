@@ -111,6 +111,10 @@ class DecoderConfig:
     """The attention kernel of a training: `eager` is plain products, `flash_attention_2` needs its package and a GPU;
     null: transformers chooses, mostly `sdpa`. Results are the same up to rounding. A loaded checkpoint has null."""
 
+    compile: bool = False
+    """Train with compiled norms and feed-forward parts (torch.compile): faster steps after a first one that takes half
+    a minute. Needs a C++ compiler on CPUs. A loaded checkpoint is not compiled."""
+
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
         check_choice("dtype", self.dtype, ("auto", *DTYPES))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +18,8 @@ USUAL = "a decoder of the LLaMA shape (Llama, Mistral, Qwen2, Qwen3, SmolLM2, ..
 
 # Names of the list of layers: of most families; GPT-2, BLOOM, Falcon; MPT, DBRX; BERT.
 _LISTS = ("layers", "h", "blocks", "layer")
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+_COMPILERS = ("g++", "clang++", "cl")
 
 
 def check_layers(layers: Layers, setting: str) -> None:
@@ -48,6 +53,28 @@ def find_layers(decoder: PreTrainedModel) -> list[tuple[int, nn.Module]]:
         f"{type(decoder).__name__} has no list of layers ({', '.join(_LISTS)}) in its decoder, so nothing can be "
         f"injected; it has: {', '.join(dict(core.named_children()))}. Use {USUAL}"
     )
+
+
+def compile_layers(decoder: PreTrainedModel) -> None:
+    """Compile the feed-forward part and the norms of each layer, in place, by torch.compile.
+
+    The attention and the layer itself are not compiled: hooks of the injection would break their graphs.
+
+    Raises:
+        DecoderError: there is no C++ compiler on a CPU.
+    """
+    if decoder.device.type == "cpu" and not any(
+        map(shutil.which, (*filter(None, [os.environ.get("CXX")]), *_COMPILERS))
+    ):
+        raise DecoderError(
+            f"decoder.compile needs a C++ compiler on a CPU, and none was found ({', '.join(_COMPILERS)}, or the "
+            "variable CXX): install one, or remove decoder.compile"
+        )
+    for _, layer in find_layers(decoder):
+        for name, part in layer.named_children():
+            if name in _FEED_FORWARD or "norm" in name:
+                # Batches differ in length: one graph serves all.
+                part.compile(dynamic=True)
 
 
 def choose_layers(

@@ -179,9 +179,10 @@ def read_decoder(
         name = decoder or resolve_path(str(saved.name), home_of(folder, manifest))
     # None keeps the setting of the training, False becomes none.
     quantize = saved.quantize if quantize is None else quantize or None
-    # The attention kernel suits the device and the rows of the training: flash_attention_2 cannot run everywhere, and
-    # eager takes memory by the square of a prompt.
-    config = replace(saved, name=name, dtype=dtype or saved.dtype, quantize=quantize, attention=None)
+    # Kernels suit the device and the rows of the training: flash_attention_2 cannot run everywhere, and eager takes
+    # memory by the square of a prompt.
+    kernels = {"attention": None, "compile": False}
+    config = replace(saved, name=name, dtype=dtype or saved.dtype, quantize=quantize, **kernels)
     _check_fingerprint("decoder", config.name, fingerprint_decoder(config.folder()), fingerprint)
     return config
 

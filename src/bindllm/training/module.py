@@ -30,6 +30,7 @@ from bindllm.model.context import ContextConfig
 from bindllm.model.context.draws import draw_records
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
+from bindllm.model.layers import compile_layers
 from bindllm.objectives import NextToken, Objective
 from bindllm.parallel import RunContext
 from bindllm.training.bag_of_words import pretrain_bind
@@ -180,6 +181,8 @@ class BindModule(LightningModule):
         # Hooks of the injection are in place by now: recomputed layers must add the same bind tensors.
         if self.checkpoint_activations:
             self.model.checkpoint_activations()
+        if self.decoder_config.compile:
+            compile_layers(decoder)
         if self.init_from is not None:
             init_from_checkpoint(self.model, self.init_from)
         # Last: a reference model of an objective is a copy of the initial weights, which may come from `init_from`.
