@@ -149,7 +149,8 @@ def build_encoders(paths: Sequence[str], overrides: Sequence[str], *, allow: Seq
         UsageError: overrides without exactly one encoder that they belong to.
     """
     if overrides and len(paths) != 1:
-        raise UsageError(f"{overrides[0]} needs exactly one --encoder, to which it belongs")
+        name = overrides[0].partition("=")[0]
+        raise UsageError(f"{name} needs exactly one --encoder, to which it belongs")
     return [build_encoder(path, overrides, allow=allow) for path in paths]
 
 
