@@ -111,8 +111,18 @@ def test_x_clip(tmp_path):
 def test_videos(tmp_path):
     config = VideoMAEConfig(**PICTURE, num_frames=4)
     encoder, model = written(tmp_path / "mae", VideoMAEModel(config), settings=SETTINGS)
-    assert (encoder.modalities, encoder.embedding_size, encoder.token_sizes) == (("video",), 32, {})
-    assert_same(encoder, "video", VIDEO, model(frames(4)).last_hidden_state.mean(1))
+    assert (encoder.modalities, encoder.embedding_size, encoder.token_sizes) == (
+        ("video",),
+        32,
+        {"video": 32},
+    )
+    states = model(frames(4)).last_hidden_state
+    assert_same(encoder, "video", VIDEO, states.mean(1))
+    prepared = encoder.prepare(Media("video", VIDEO))
+    (tokens,) = encoder.embed("video", [prepared], tokens=True).tokens
+    # Two frames of each tubelet, and 4 x 4 patches.
+    assert tokens.shape == (2, 4, 4, 32)
+    torch.testing.assert_close(tokens.flatten(0, 2), states[0], atol=1e-5, rtol=1e-4)
     # A video of one frame shows it in all places.
     assert embed(encoder, "video", VIDEO[:1]).isfinite().all()
     check_encoder(encoder)
@@ -127,7 +137,10 @@ def test_videos(tmp_path):
     config = VJEPA2Config(**shape, **sizes, **{f"pred_{name}": value for name, value in sizes.items()})
     file = "video_preprocessor_config.json"
     encoder, model = written(tmp_path / "jepa", VJEPA2Model(config), settings=SETTINGS, file=file)
-    assert_same(encoder, "video", VIDEO, model.get_vision_features(frames(4)).mean(1))
+    states = model.get_vision_features(frames(4))
+    assert_same(encoder, "video", VIDEO, states.mean(1))
+    (tokens,) = encoder.embed("video", [encoder.prepare(Media("video", VIDEO))], tokens=True).tokens
+    torch.testing.assert_close(tokens, states[0].unflatten(0, (2, 4, 4)), atol=1e-5, rtol=1e-4)
     # Settings that are missing are never those of another model.
     (tmp_path / "jepa" / file).write_text(json.dumps({**SETTINGS, "image_std": None}))
     with pytest.raises(EncoderError, match="lacks image_std"):
@@ -208,3 +221,10 @@ def test_the_first_dimensions_only(tmp_path):
         _ = HuggingFace(str(tmp_path), dimensions=33).embedding_size
     with pytest.raises(InputError, match="dimensions"):
         HuggingFace(str(tmp_path), dimensions=0)
+
+
+@pytest.mark.parametrize("kind", ["pe_video", "pe_audio_video"])
+def test_models_that_need_timm_are_refused_with_what_to_use_instead(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(EncoderError, match="need the package timm.*use PE-Audio"):
+        _ = HuggingFace(str(tmp_path)).modalities

@@ -106,6 +106,13 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The families, by the ``model_type`` of their config."""
 
+REFUSED: Mapping[str, str] = dict.fromkeys(
+    ("pe_video", "pe_audio_video"),
+    "PE-Video and PE-AV need the package timm for their images, and are not supported, also if it is installed; use "
+    "PE-Audio for audio and texts, X-CLIP for videos and texts, or a tower for videos such as VideoMAE",
+)
+"""Families that cannot be served, with the reason."""
+
 
 def family_of(model_type: str, *, joint: bool) -> Family:
     """Return the family of a ``model_type``; one that is not named here has the common form."""

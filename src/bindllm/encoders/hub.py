@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bindllm.atomic import read_json
-from bindllm.encoders.families import FAMILIES, Family, family_of
+from bindllm.encoders.families import FAMILIES, REFUSED, Family, family_of
 from bindllm.errors import BindLLMError, CheckpointError, DecoderError, EncoderError, fetch_hint, listed
 
 if TYPE_CHECKING:
@@ -39,23 +39,16 @@ _PATCH_FAMILIES = ("siglip2", "siglip2_vision_model")
 
 # All files other than the weights that affect an embedding.
 _SETTINGS = (
-    "config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "modules.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
+    *("config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    ),
+    *("vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+    *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
 )
 _IMPLEMENTATIONS = {
     f"{kind}_implementation{end}" for kind in ("attn", "_attn", "_experts") for end in ("", "_internal")
@@ -90,6 +83,7 @@ class ModelSpec:
         patch: side of a square patch of an image or a spectrogram in pixels, if its config states it.
         strides: pixels from one patch to the next, down and across.
         frames: frames of a video.
+        tubelet: frames of a patch of a video, if its config states it.
     """
 
     family: str
@@ -102,6 +96,7 @@ class ModelSpec:
     patch: int | None
     strides: tuple[int, int]
     frames: int | None = None
+    tubelet: int | None = None
 
     @property
     def rules(self) -> Family:
@@ -257,6 +252,8 @@ def read_spec(folder: Path) -> ModelSpec:
 
     with loading(folder):
         config = read_config(folder)
+    if config.model_type in REFUSED:
+        raise EncoderError(f"{folder}: {REFUSED[config.model_type]}")
     # How to read this: from the config's class to the model's class, then its inputs, then its limits. No weight is
     # read.
     if type(config) not in MODEL_MAPPING:
@@ -283,16 +280,18 @@ def read_spec(folder: Path) -> ModelSpec:
     # A joint model has a config for each tower; a single tower is its own.
     towers = {name: values.get(f"{_TOWERS[name]}_config") or values for name in modalities}
     widths = {name: _state_width(tower) for name, tower in towers.items()}
-    patches = towers.get("image") or towers.get("audio") or {}
+    tubelet = values.get("tubelet_size")
+    patches = towers.get("image") or towers.get("audio") or towers.get("video") or {}
     patch = patches.get("patch_size") if isinstance(patches.get("patch_size"), int) else None
     return ModelSpec(
         family=config.model_type,
         joint=joint,
         modalities=modalities,
         width=_width(values, joint=joint, folder=folder),
-        # The tokens of videos have no grid here.
-        state_widths={name: width for name, width in widths.items() if width and name != "video"},
+        # Without tubelets, the states of a video have no grid.
+        state_widths={k: width for k, width in widths.items() if width and (k != "video" or tubelet)},
         frames=frames,
+        tubelet=tubelet,
         patch=patch,
         # Only patches of spectrograms overlap.
         strides=(patches.get("frequency_stride") or patch or 1, patches.get("time_stride") or patch or 1),

@@ -205,8 +205,8 @@ class HuggingFace:
             modality: one of ``modalities``.
             inputs: B prepared media.
             tokens: also return the last hidden states, in the dtype of the model: the patches of an image
-                [rows, columns, C]; all ids of a text, special ones included, [T, C]; audio [S, T, C] or, for
-                spectrograms, [S, bands, frames, C] with S windows.
+                [rows, columns, C]; tubelets of a video [frames, rows, columns, C]; all ids of a text, special ones
+                included, [T, C]; audio [S, T, C] or, for spectrograms, [S, bands, frames, C] with S windows.
 
         Raises:
             InputError: a modality that this encoder does not serve.

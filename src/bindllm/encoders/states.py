@@ -96,7 +96,7 @@ def token_grids(
         processor: of the modality.
 
     Raises:
-        EncoderError: the states of an image or a spectrogram fit no grid of patches.
+        EncoderError: the states of an image, a video or a spectrogram fit no grid of patches.
     """
     # Convolutional towers, and CLAP, give a grid.
     if states.dim() == 4:
@@ -110,8 +110,10 @@ def token_grids(
     if modality == "audio" and spec.patch is None:
         return list(states)
     # A spectrogram comes as frames and bands; its patches lie the other way round.
-    size = inputs[0].shape[-2:] if modality == "image" else inputs[0].shape[::-1]
+    size = inputs[0].shape[::-1] if modality == "audio" else inputs[0].shape[-2:]
     grid = [(side - (spec.patch or 1)) // step + 1 for side, step in zip(size, spec.strides, strict=True)]
+    if modality == "video":
+        grid.insert(0, len(inputs[0]) // (spec.tubelet or 1))
     # Hierarchical towers merge patches two by two.
     while math.prod(grid) > states.shape[1]:
         grid = [side // 2 for side in grid]
