@@ -2,8 +2,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bindllm import conversation as conversation_module
 from bindllm.conversation import Conversation, Message, check_vocabulary, end_tokens, render
+from bindllm.conversation import template as template_module
 from bindllm.data.rows import Row, make_sample
 from bindllm.errors import DecoderError, InputError
 from bindllm.media import Media
@@ -267,7 +267,7 @@ HARMONY = (
 @pytest.mark.parametrize(
     ("template", "answer", "whole"),
     [
-        (HARMONY, "yo", False),
+        (HARMONY, "yo", True),
         (TEMPLATE.replace("message['content']", "message['content'] | lower"), "yo", True),
         (TEMPLATE.replace("message['content']", "message['content'] | lower"), "Yo", False),
         (TEMPLATE.replace("message['content']", "message['content'][:9]"), "a b c d e f g", False),
@@ -294,8 +294,8 @@ def test_answer_whose_text_the_template_does_not_keep_is_not_whole(template, ans
         with pytest.raises(InputError, match="only a part of it would be learned"):
             make_sample(row, tokenizer, 200)
     if template == HARMONY:
-        with pytest.raises(DecoderError, match="puts control tokens into an answer"):
-            end_tokens(tokenizer)
+        learned = tokenizer.decode(rendered.input_ids[slice(*rendered.answers[0])])
+        assert learned == "<|channel|>final<|message|>yo<|im_end|>"
 
 
 # As Qwen3: the last answer follows an empty thought, unless the model may think.
@@ -462,7 +462,7 @@ def test_many_answers_are_found_where_rendering_each_prefix_finds_them(monkeypat
     tokenizer, calls = tokenizer_with(template), []
     found = render(conversation, tokenizer, add_generation_prompt=asks_again)
     with monkeypatch.context() as patch:
-        patch.setattr(conversation_module.re, "finditer", lambda *_: calls.append(1) or [])
+        patch.setattr(template_module.re, "finditer", lambda *_: calls.append(1) or [])
         rendered = render(conversation, tokenizer, add_generation_prompt=asks_again)
     # Without a header there is nothing to look for.
     assert len(calls) == (template != IN_BRACKETS)
@@ -477,4 +477,4 @@ def test_the_time_for_many_answers_does_not_grow_with_their_square(monkeypatch):
         tokenizer, "apply_chat_template", lambda *args, **options: calls.append(1) or apply(*args, **options)
     )
     render(talk(*[("u", "q"), ("a", "x")] * 20), tokenizer)
-    assert len(calls) == 3
+    assert len(calls) == 4

@@ -7,17 +7,15 @@ media index routes media groups to tokens in the injection (`docs/architecture.m
 
 from __future__ import annotations
 
-import json
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bindllm.conversation.guard import check_texts, check_unicode, guard, strings
+from bindllm.conversation.template import REASONING, Template, control_tokens, squeeze
 from bindllm.conversation.tokens import tokenize
 from bindllm.errors import DecoderError, InputError, check_choice, listed
 from bindllm.media import Media
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant", "tool"]
 Learned = Literal["all", "answer", "none"]
-REASONING = "reasoning_content"
-"""Field of a message with the thoughts before an answer, as chat templates call it."""
-
 NO_MEDIA = -1
 INPUT_HEADER = "\n\n### Input:\n"
 """Separates instruction and input in one user message, in the public Alpaca texts."""
@@ -185,36 +180,78 @@ def render(
     given = [{**m.fields, "role": m.role, "content": m.text} for m in messages]
     turns, tools = (guard(value, control, escape=escape) for value in (given, list(conversation.tools)))
     check_texts(strings([turns, tools]), tokenizer)
-    template = _Template(tokenizer, tools)
-    text = template.complete_header(turns, template.apply(turns, header=add_generation_prompt))
-    template.check_written(turns, text, header=add_generation_prompt)
-    answer_starts = _answer_starts(template, turns, text, control)
+    template = Template(tokenizer, turns, tools)
+    text = template.text(header=add_generation_prompt)
+    answer_starts = template.answer_starts(text, control)
     ids, starts = tokenize(tokenizer, text, answer_starts.values())
-    answers, spans, whole, control_ids = {}, [], [], set(control.values())
-    for turn, start in answer_starts.items():
-        first = bisect_left(starts, _found(start, turn, tokenizer))
-        answers[turn] = first, stop = first, _answer_end(ids, first, control_ids)
+    control_ids = set(control.values())
+    ends = [n for n, token in enumerate(ids) if token in control_ids]
+    answers = {
+        turn: _answer_span(template, turn, start, text, starts, ends) for turn, start in answer_starts.items()
+    }
+    spans, whole = [], []
+    for turn, (first, stop) in answers.items():
         # An answer that is not learned is a part of the prompt.
         if messages[turn].learned != "none":
+            start = answer_starts[turn]
             written = text[start : starts[stop - 1]]
             learned = bisect_left(starts, start + _num_masked(written, turns[turn], messages[turn].learned))
             spans.append((max(first, learned), stop))
             whole.append(_is_whole(written, turns[turn]))
+    media_index = _media_index(conversation, template, text, starts, answers)
+    return Rendered(ids, media_index, spans, whole, starts)
+
+
+def _answer_span(
+    template: Template, turn: int, start: int, text: str, starts: Sequence[int], ends: Sequence[int]
+) -> tuple[int, int]:
+    """Return the first token of an answer, and the token after the one that ends it.
+
+    Args:
+        template: the messages.
+        turn: the message of the answer.
+        start: the first character of the answer in the text.
+        text: of all messages.
+        starts: the first character of each token.
+        ends: indices of all control tokens.
+    """
+    first, message = bisect_left(starts, start), template.turns[turn]
+    stop = _answer_end(ends, first)
+    if "tool_calls" in message or not _is_whole(text[start : starts[stop - 1]], message):
+        # The template may write control tokens into this answer; then it ends with the last one of the message.
+        after = template.answer_stop(turn, text)
+        if after is not None:
+            return first, _answer_end(ends, first, bisect_left(starts, after))
+        # In a prompt no answer is learned.
+        if not template.has_header:
+            raise template.lost(turn)
+    return first, stop
+
+
+def _media_index(
+    conversation: Conversation,
+    template: Template,
+    text: str,
+    starts: Sequence[int],
+    answers: Mapping[int, tuple[int, int]],
+) -> list[int]:
+    """Return the media group that each token listens to, [T]."""
     (_, first_group), *changes = _group_changes(conversation)
-    media_index = [first_group] * len(ids)
+    media_index = [first_group] * len(starts)
     for turn, group in changes:
-        start = template.prefix_length(turns[:turn], text)
+        start = template.prefix_length(turn, text)
+        if start is None and turn - 1 not in answers:
+            raise template.lost(turn)
         # Some templates (Qwen3) render an answer differently once it is no longer the last one; then the next message
         # starts after its end token.
-        after = answers.get(turn - 1, (0, None))[1]
-        first = _found(after, turn, tokenizer) if start is None else bisect_left(starts, start)
-        media_index[first:] = [group] * (len(ids) - first)
-    return Rendered(ids, media_index, spans, whole, starts)
+        first = answers[turn - 1][1] if start is None else bisect_left(starts, start)
+        media_index[first:] = [group] * (len(starts) - first)
+    return media_index
 
 
 def _is_whole(written: str, turn: Mapping[str, Any]) -> bool:
     """Return whether the learned text of an answer holds all its text; a template writes calls after it."""
-    content, rest = _squeeze(turn["content"]), _squeeze(written)
+    content, rest = squeeze(turn["content"]), squeeze(written)
     return content in rest if "tool_calls" in turn else rest.endswith(content)
 
 
@@ -226,7 +263,7 @@ def _num_masked(written: str, turn: Mapping[str, Any], learned: Learned) -> int:
     # Before the text of the answer, which may repeat its thoughts. The template may drop those of earlier answers.
     before = written[: max(0, written.rfind(turn["content"].strip()))]
     found = before.rfind(reasoning)
-    if found < 0 and _squeeze(reasoning) in _squeeze(before):
+    if found < 0 and squeeze(reasoning) in squeeze(before):
         raise InputError(
             "the chat template changes the reasoning of an answer, so it cannot be masked; learn or drop it"
         )
@@ -246,15 +283,6 @@ def _group_changes(conversation: Conversation) -> list[tuple[int, int]]:
         # Everything in a section before its first group belongs to that group.
         changes += [(start, own[0][1] if own else NO_MEDIA), *own[1:]]
     return changes
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the control tokens of a tokenizer, such as ``<|im_end|>``, with their ids."""
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[int]:
@@ -309,22 +337,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the control tokens that a template writes between the header of each answer and its text; often none.
-
-    Harmony (gpt-oss) opens the final channel there. As a part of the generation prompt, it leaves the text to learn.
-    """
-    template, turns = (
-        _Template(tokenizer, []),
-        [{"role": m.role, "content": m.text} for m in _EXCHANGE.messages],
-    )
-    text, start = template.apply(turns, header=False), None
-    with suppress(InputError):
-        start = template.prefix_length(turns[:1], text, header=True)
-    lead = "" if start is None else text[start : text.rfind(turns[1]["content"])]
-    return lead if any(token in lead for token in control_tokens(tokenizer)) else ""
-
-
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> None:
     """Make sure that a decoder has an embedding for every token that can occur.
 
@@ -364,136 +376,19 @@ def _check_roles(messages: Sequence[Message], *, add_generation_prompt: bool) ->
         )
 
 
-class _Template:
-    """The chat template of a tokenizer, for conversations with these tools."""
+def _answer_end(ends: Sequence[int], first: int, after: int = 0) -> int:
+    """Return the index after the control token that ends an answer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]) -> None:
-        self.tokenizer, self._tools = tokenizer, tools
-
-    def apply(self, turns: list[dict[str, Any]], *, header: bool, thinks: bool = False) -> str:
-        """Return the text of messages."""
-        # jinja2 comes with every tokenizer that has a template; imported here to keep `import bindllm` instant.
-        from jinja2 import TemplateError
-
-        try:
-            # Families that can think aloud (Qwen3) write an empty thought in front of an answer if they must not.
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=self._tools or None,
-                tokenize=False,
-                add_generation_prompt=header,
-                enable_thinking=thinks,
-            )
-        # A template may add texts to fields that a message lacks.
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise InputError(
-                f"the chat template of {self.tokenizer.name_or_path!r} refuses messages of the roles {roles}: {error}"
-            ) from error
-
-    def prefix_length(self, turns: list[dict[str, Any]], text: str, *, header: bool = False) -> int | None:
-        """Return where the first messages (and the header of an answer) end in the text; None: it starts otherwise."""
-        # Only the last answer may have an empty thought in front; earlier headers are those of a thinking model.
-        for thinks in (False, True) if header and _can_think(self.tokenizer) else (False,):
-            prefix = self.apply(turns, header=header, thinks=thinks)
-            if text.startswith(prefix):
-                return len(prefix)
-        # Templates that rewrite earlier messages start differently; the position is unknown then.
-        return None
-
-    def answer_start(self, turns: list[dict[str, Any]], turn: int, text: str) -> int | None:
-        """Return where an answer starts in the text; None: it was not found."""
-        start, before = self.prefix_length(turns[:turn], text, header=True), None
-        content = turns[turn]["content"].strip()
-        if start is None and content:
-            before = self.prefix_length(turns[:turn], text)
-        if before is None:
-            return start
-        # The text lacks the end of the header, an empty thought (Qwen3.5, Gemma 4): the answer starts within.
-        prompt = self.apply(turns[:turn], header=True)
-        places = (at for at in range(len(prompt), before - 1, -1) if text[before:at] == prompt[before:at])
-        return next((at for at in places if text.startswith(content, at)), None)
-
-    def complete_header(self, turns: list[dict[str, Any]], text: str) -> str:
-        """Give the last answer the whole header of its generation prompt: Gemma 4 leaves out the end of it."""
-        if turns[-1]["role"] != "assistant" or not _can_think(self.tokenizer):
-            return text
-        start, prompt = self.answer_start(turns, len(turns) - 1, text), self.apply(turns[:-1], header=True)
-        return text if start is None or not prompt.startswith(text[:start]) else prompt + text[start:]
-
-    def check_written(self, turns: list[dict[str, Any]], text: str, *, header: bool) -> None:
-        """Refuse a template that drops a question, a system text, a tool or a tool call; answers are compared later."""
-        written, missing = _squeeze(text), ""
-        for turn in turns:
-            # Templates may change white space, take the thoughts out of earlier answers, and write a result as JSON.
-            forms = turn["content"], json.dumps(turn["content"], ensure_ascii=False)[1:-1]
-            if turn["role"] != "assistant" and not any(_squeeze(form) in written for form in forms):
-                missing = f"the text of a {turn['role']} message"
-        # Templates drop the thoughts of earlier answers, as in generation.
-        if _squeeze(turns[-1].get(REASONING, "")) not in written:
-            missing = "the reasoning of an answer"
-        for tool in self._tools:
-            if (name := tool.get("function", tool)["name"]) not in text:
-                missing = f"the tool {name!r}"
-        if any("tool_calls" in turn for turn in turns):
-            # Each template writes calls in a form of its own, so only their absence shows.
-            bare = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-            with suppress(InputError):
-                missing = (
-                    "the tool calls of an answer" if self.apply(bare, header=header) == text else missing
-                )
-        if missing:
-            raise InputError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not write {missing}; use another template, "
-                "or remove it"
-            )
-
-
-def _can_think(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "enable_thinking" in tokenizer.get_chat_template()
-
-
-def _answer_starts(
-    template: _Template, turns: list[dict[str, Any]], text: str, control: Iterable[str]
-) -> dict[int, int | None]:
-    """Return the start of each answer in the text, by its turn; None if it was not found."""
-    answers = [turn for turn, message in enumerate(turns) if message["role"] == "assistant"]
-    # The first answer is located by rendering, which also shows the header of all others.
-    starts = {turn: template.answer_start(turns, turn, text) for turn in answers[:1]}
-    others = answers[1:]
-    if len(answers) > 2 and (first := starts[answers[0]]) is not None:
-        # Rendering the messages before every single answer takes quadratic time. A header with a control token can be
-        # searched for instead: no message spells one.
-        before = template.prefix_length(turns[: answers[0]], text)
-        header = "" if before is None else text[before:first]
-        if any(token in header for token in control):
-            ends = [match.end() for match in re.finditer(re.escape(header), text) if match.start() >= first]
-            # A header at the very end is the generation prompt.
-            ends = [end for end in ends if end < len(text)]
-            if len(ends) == len(answers) - 1:
-                starts |= dict(zip(answers[1:], ends, strict=True))
-                # The header of the last answer may differ, see `_Template.prefix_length`.
-                others = answers[-1:] if _can_think(template.tokenizer) else []
-    return starts | {turn: template.answer_start(turns, turn, text) for turn in others}
-
-
-def _found(position: int | None, turn: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the start of a message, or raise if it was not found."""
-    if position is None:
+    Args:
+        ends: indices of all control tokens.
+        first: first token of the answer.
+        after: the token after the message, if it may hold several control tokens. Else its first one is meant, since
+            texts spell none.
+    """
+    found = bisect_left(ends, first)
+    if found == len(ends):
         raise DecoderError(
-            f"the chat template of {tokenizer.name_or_path!r} renders the messages before message {turn + 1} "
-            "differently once it follows, so tokens cannot be mapped to messages; use a template that does not "
-            "rewrite earlier messages"
+            "the chat template ends an answer without a control token, so the model could not learn to stop; "
+            "use a template that ends each assistant message with its end-of-sequence token"
         )
-    return position
-
-
-def _answer_end(ids: list[int], first: int, control_ids: set[int]) -> int:
-    """Return the token after the control token that ends an answer: the first one, since texts spell none."""
-    for position in range(first, len(ids)):
-        if ids[position] in control_ids:
-            return position + 1
-    raise DecoderError(
-        "the chat template ends an answer without a control token, so the model could not learn to stop; "
-        "use a template that ends each assistant message with its end-of-sequence token"
-    )
+    return ends[max(found, bisect_left(ends, after) - 1)] + 1

@@ -28,7 +28,8 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from bindllm.atomic import file_sha256, not_finite, open_tensors, read_json, require_file
-from bindllm.conversation import INPUT_HEADER, answer_lead, check_tokenizer, end_tokens
+from bindllm.conversation import INPUT_HEADER, check_tokenizer, end_tokens
+from bindllm.conversation.template import adapt_template
 from bindllm.encoders import hub
 from bindllm.errors import DecoderError, InputError, check_choice
 from bindllm.model.quantize import QUANTIZATIONS, keep_gradients, quantization_config
@@ -208,10 +209,7 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     dumps = partial(json.dumps, ensure_ascii=False)
     values = [f"{{%- set {n} = {dumps(v)} -%}}" for n, v in (config.template_options or {}).items()]
     tokenizer.chat_template = "".join(values) + tokenizer.chat_template
-    if lead := answer_lead(tokenizer):
-        tokenizer.chat_template += (
-            f"{{%- if add_generation_prompt -%}}{{{{- {dumps(lead)} -}}}}{{%- endif -%}}"
-        )
+    adapt_template(tokenizer)
     if config.system is not None:
         # The system text becomes part of the template, so no caller can forget it.
         message = f"{{'role': 'system', 'content': {json.dumps(config.system, ensure_ascii=False)}}}"
