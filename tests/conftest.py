@@ -90,12 +90,7 @@ def silent():
 
 @pytest.fixture(scope="module")
 def unmeasured():
-    """Long answers, and what follows the trained folder, are not what the tests of a file are about."""
-    from bindllm.training.callbacks import SampleCaptions
-
+    """What follows the trained folder is not what the tests of a file are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bindllm.training.run.Run._measure", lambda *_: 0)
-        patch.setattr(
-            "bindllm.cli.recipes.fit.SampleCaptions", functools.partial(SampleCaptions, max_new_tokens=4)
-        )
         yield

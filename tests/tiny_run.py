@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from lightning.pytorch import Trainer
 
 from bindllm.cli import main
 from bindllm.cli.recipes.recipe import RecipeCLI
+from bindllm.evaluation.captions import captions_task
 from bindllm.report import page
+from bindllm.training.callbacks import SampleCaptions
 from bindllm.training.module import BindModule
 from tiny import color_images, save_tiny_decoder
 
@@ -83,8 +86,15 @@ def _figure_once(axes, *, name: str) -> str:
     return _figures[name]
 
 
+# A model that is hardly trained writes as long as it may, which takes a third of a tiny run.
+SHORT = {
+    "bindllm.evaluation.held_out.captions_task": partial(captions_task, max_new_tokens=4),
+    "bindllm.cli.recipes.fit.SampleCaptions": partial(SampleCaptions, max_new_tokens=4),
+}
+
+
 def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int:
-    """Run a command with a recipe from the current folder; return the exit code.
+    """Run a command with a recipe from the current folder, with short captions; return the exit code.
 
     Args:
         command: the command.
@@ -94,6 +104,8 @@ def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecipeCLI, "setup_parser", _parser_once)
+        for name, short in SHORT.items():
+            patch.setattr(name, short)
         if not figures:
             patch.setattr(page, "_svg", _figure_once)
         return main([command, "--config", str(write_recipe(recipe)), *options])

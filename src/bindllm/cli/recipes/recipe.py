@@ -366,6 +366,7 @@ class CheckedRecipe(RecipeCLI):
 
     def __init__(self, file: str, overrides: Sequence[str], problems: Problems) -> None:
         self._problems = problems
+        self._parsed: dict[tuple[str, ...], tuple[str | None, Namespace]] = {}
         super().__init__("check", ["--config", file, *overrides], build=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -386,18 +387,26 @@ class CheckedRecipe(RecipeCLI):
                 self._problems.append(message)
             else:
                 words += option
-        try:
-            self.config, self.is_complete = expand_home(parser.parse_args(words)), True
-        except UsageError as error:
-            self._problems.append(str(error))
+        message, config = self._parse(words)
+        if message is None:
+            self.config, self.is_complete = expand_home(config), True
+        else:
+            self._problems.append(message)
+
+    def _parse(self, words: Sequence[str]) -> tuple[str | None, Namespace]:
+        """Return the error message about a command line, if any, and its values; each line is parsed once."""
+        key = tuple(words)
+        if key not in self._parsed:
+            try:
+                self._parsed[key] = None, self.parser.parse_args(words)
+            except UsageError as error:
+                self._parsed[key] = str(error), Namespace()
+        return self._parsed[key]
 
     def _mistake(self, words: Sequence[str]) -> str | None:
         """Return the mistake in a command line; that keys of the recipe itself are missing is not one yet."""
-        try:
-            self.parser.parse_args(words)
-        except UsageError as error:
-            return None if str(error).startswith(_INCOMPLETE) else str(error)
-        return None
+        message, _ = self._parse(words)
+        return None if message is None or message.startswith(_INCOMPLETE) else message
 
     def _valid(self, part: Any, mistake: Callable[[Any], str | None], where: str = "") -> Any:
         """Return the valid parts of a part of the recipe, `_NOTHING` if there are none; note its mistakes.
