@@ -25,8 +25,9 @@ test: $(VENV)/.has-test checkpoints/clip-vocabulary/SOURCE.json ## run the tests
 test-slow: $(VENV)/.has-test checkpoints/scenes/bindllm.json ## run the slow tests; trains the scenes first if needed
 	@$(python) -m pytest -m slow $(ARGS)
 
-test-families: $(VENV)/.has-test ## try each injection in every decoder family of transformers; writes the table of docs/decoders.md
+test-families: $(VENV)/.has-test ## try each injection in every decoder family of transformers; writes the tables of docs/decoders.md and encoders.md
 	@PYTHONPATH=tests $(python) tests/families.py $(ARGS)
+	@PYTHONPATH=tests $(python) tests/encoder_families.py
 
 lint: $(VENV)/.has-test ## check style and spelling
 	@$(python) -m ruff check .

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import encoder_families
 from bindllm.cli import main
 from bindllm.encoders import (
     EfficientNetLite,
@@ -178,6 +179,11 @@ def test_the_tables_of_encoders_trunks_and_options_are_true():
         "modalities": "all of the folder"
     }
     assert told == config
+
+
+def test_the_table_of_families_is_current():
+    start, end = encoder_families.MARKS
+    assert PAGE.split(start)[1].split(end)[0] == f"\n{encoder_families.table()}\n"
 
 
 def test_the_ids_of_texts_are_true(tmp_path):
