@@ -7,6 +7,7 @@ every text; only the figures, which are drawn here, are inserted as markup.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import random
 import re
@@ -129,8 +130,9 @@ def render_page(data: ReportData) -> str:
     )
 
 
+@functools.cache
 def page_templates() -> Environment:
-    """Return the templates of pages; they escape every text."""
+    """Return the templates of pages, compiled once; they escape every text."""
     # StrictUndefined: a renamed value raises instead of leaving a gap on the page.
     page = Environment(
         loader=PackageLoader("bindllm.report"),
