@@ -233,7 +233,7 @@ def measure(bench: Bench, model: BindLLM, questions: Questions, setting: Setting
     def lookup(groups: Sequence[MediaGroup]) -> Tensor:
         return shown[[names.index(group[0]) for group in groups]]
 
-    task = captions_task(samples, train_samples=[], lookup=lookup)
+    task = captions_task(samples, train_samples=[], lookup=lookup, tokenizer=model.tokenizer)
     result = evaluate(model, [task], lookup=lookup, variants=[MODEL], batch_size=BATCH)
     if result.problems:
         raise SystemExit("; ".join(f"{name}: {reason}" for name, reason in result.problems.items()))

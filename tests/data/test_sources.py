@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from bindllm.data.formats import clean_caption
-from bindllm.data.source_config import Columns, SourceConfig
+from bindllm.data.source_config import Columns, EpisodeConfig, SourceConfig
 from bindllm.data.sources import hashed_split, read_source
 from bindllm.errors import InputError
 from tiny import color_images
@@ -71,6 +71,98 @@ def test_other_tables(folder, name):
     (folder / name).write_text("\n".join(rows).replace(",", delimiter))
     path = folder / name if name.startswith("other") else folder
     assert captions_of(path) == {"a.png": ["red"], "b.png": ["blue"]}
+
+
+PROMPTS = {"en": "What is this?", "zh-CN": "这是什么"}
+
+
+def in_languages(folder, *rows: dict, prompts=PROMPTS, **options):
+    return read_source(SourceConfig(str(write_rows(folder, *rows)), prompts=prompts, split="test", **options))
+
+
+def test_the_language_of_a_row_chooses_its_prompt(folder):
+    found, report = in_languages(
+        folder,
+        {"image": "a.png", "caption": "taxi", "language": "EN"},
+        {"image": "a.png", "caption": ["出租车", "taxi"], "language": "zh_cn"},
+        {"image": "b.png", "caption": "cafe\u0301", "language": " en"},
+    )
+    rows = found["test"]
+    assert [(row.conversation.messages[0].text, row.language) for row in rows] == [
+        ("What is this?", "en"),
+        ("这是什么", "zh-CN"),
+        ("这是什么", "zh-CN"),
+        ("What is this?", "en"),
+    ]
+    # References of one language; a name may be the same in two.
+    assert [row.references for row in rows] == [("taxi",), ("出租车", "taxi"), ("出租车", "taxi"), ("café",)]
+    assert report.num_media == 2
+    assert not report.skipped.counts
+
+
+def test_a_row_without_a_prompt_in_its_language_is_counted(folder):
+    found, report = in_languages(
+        folder,
+        {"image": "a.png", "caption": "cat", "language": "en"},
+        {"image": "b.png", "caption": "猫", "language": "zh"},
+        {"image": "c.png", "caption": "貓", "language": "zh-Hant-TW"},
+        {"image": "d.png", "caption": "gato"},
+        {"image": "e.png", "caption": "Hund", "language": " "},
+        {"image": "f.png", "caption": "chat", "language": ["fr"]},
+        {"image": "f.png", "caption": " ", "language": "en"},
+        {"image": "f.png", "caption": "cat", "language": 5},
+    )
+    assert [row.references for row in found["test"]] == [("cat",)]
+    assert set(report.skipped.counts) == {
+        "no prompt for the language 'zh'. Did you mean 'zh-CN'? Known: en, zh-CN.",
+        "no prompt for the language 'zh-Hant-TW'. Known: en, zh-CN.",
+        "no column 'language'. Known: caption, image.",
+        "nothing in column 'language'",
+        "column 'language' does not hold a text",
+        "empty caption",
+        "no prompt for the language '5'. Known: en, zh-CN.",
+    }
+
+
+def test_an_image_is_in_one_split_in_all_languages(folder):
+    rows = [
+        {"image": "a.png", "caption": "cat", "language": "en", "split": "train"},
+        {"image": "a.png", "caption": "猫", "language": "zh", "split": "test"},
+    ]
+    found, report = read_source(SourceConfig(str(write_rows(folder, *rows))))
+    assert [row.language for row in found["train"]] == ["en"]
+    assert report.skipped.counts == {"this image is in another split already": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": {}}, "prompts must name a text for each language"),
+        ({"prompts": {False: "Hva er dette?"}}, "YAML reads no without quotes as false"),
+        ({"prompts": {"en": " "}}, "prompts must name a text"),
+        ({"prompts": {"": "What?"}}, "prompts must name a text"),
+        ({"prompts": {"zh-CN": "a", "zh_cn": "b"}}, "prompts name one language twice: zh-CN, zh_cn"),
+        ({"prompts": PROMPTS, "prompt": "What?"}, "give prompt or prompts, not both"),
+        ({"prompts": PROMPTS, "format": "llava"}, "prompts belong to format: caption, minigpt4 or vqa"),
+        ({"prompts": PROMPTS, "episodes": EpisodeConfig()}, "without episodes"),
+    ],
+)
+def test_prompts_that_no_row_can_use_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        SourceConfig("x", **options)
+
+
+def test_questions_have_a_frame_in_their_language(folder):
+    rows = [
+        {"image": "a.png", "question": "Color?", "answer": "red", "language": "en"},
+        {"image": "b.png", "question": "颜色", "answer": "红色", "language": "zh-cn"},
+    ]
+    frames = {"en": "{question} One word.", "zh-CN": "{question}用一个词回答。"}
+    found, _ = in_languages(folder, *rows, prompts=frames, format="vqa")
+    assert [(row.conversation.messages[0].text, row.language) for row in found["test"]] == [
+        ("Color? One word.", "en"),
+        ("颜色用一个词回答。", "zh-CN"),
+    ]
 
 
 def test_folder_of_images_with_text_files(folder):

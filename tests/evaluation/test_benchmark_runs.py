@@ -161,6 +161,42 @@ def test_another_tokenizer_scores_the_kept_captions_again(measure, monkeypatch, 
     assert set(found.difference) == set(first.facts["scores"]["model"])
 
 
+def test_captions_in_several_languages_have_groups_prompts_and_a_baseline_of_their_own(
+    measure, tmp_path, monkeypatch
+):
+    names = {"red": "红色", "blue": "蓝色"}
+    rows = [
+        {"image": f"{color}.png", "caption": caption, "language": language, "subset": "squares"}
+        for color, other in names.items()
+        for language, caption in (("EN", color), ("zh_hans", other))
+    ]
+    for color in names:
+        image(tmp_path / f"{color}.png", color)
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"en": "What is this?", "zh-Hans": "这是什么"}
+    done = measure("captions", root=tmp_path, prompts=prompts)
+    assert [line["question"] for line in done.lines["model"]] == [*prompts.values()] * 2
+    assert [line["answer"] for line in done.lines["nearest_caption"]] == ["blue", "蓝色", "red", "红色"]
+    groups = done.facts["groups"]
+    assert groups.keys() == {"subset", "language", "subset, language"}
+    assert {name: numbers["exact_match"]["n"] for name, numbers in groups["language"].items()} == {
+        "en": 2,
+        "zh-Hans": 2,
+    }
+    assert groups["subset, language"].keys() == {"squares, en", "squares, zh-Hans"}
+    # Three bytes, and tokens, for each character.
+    assert (
+        "2 true answers are longer than max_new_tokens=4, so no answer can match them" in done.facts["notes"]
+    )
+    monkeypatch.setattr(run, "check_java", lambda: None)
+    with pytest.raises(InputError, match="captions in zh-Hans; use the tokenizer python"):
+        measure("captions", root=tmp_path, prompts=prompts, tokenizer="ptb", output="ptb")
+    with pytest.raises(InputError, match="give prompt or prompts, not both"):
+        measure("captions", root=tmp_path, prompts=prompts, prompt="What?", output="both")
+    with pytest.raises(InputError, match="no prompt for the language 'zh-Hans'"):
+        measure("captions", root=tmp_path, prompts={"fr": "Quoi ?"}, output="none")
+
+
 def test_files_that_have_changed_are_refused(measure, folder):
     measure()
     table = folder / "output/coco/coco_pope_random.json"
@@ -364,6 +400,7 @@ def test_processes_of_torchrun_write_the_file_of_one(checkpoint):
         (["audioset", "pope"], 2, "measured from embeddings only: bindllm zero_shot audioset FOLDER"),
         (["sys.path", "pope"], 2, "sys.path is not a Benchmark, but list"),
         (["pope", "pope", "--parser", "letters"], 1, "pope has no parser 'letters'. Known: pope, yes_no"),
+        (["pope", "pope", "--prompts", "What is this?"], 2, "prompts"),
         (["pope", "pope", "--unparsed", "random"], 1, "needs options, and pope is not a multiple choice"),
         (["pope", "mme", "pope"], 1, "error: mme: pope has no folder of a task of MME"),
     ],

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from bindllm.evaluation import task
 from bindllm.evaluation.answering import input_digests
 from bindllm.evaluation.captions import (
     METRICS,
+    MIN_TOKENS,
     caption_metrics,
     caption_words,
     captions_task,
@@ -74,7 +76,9 @@ def held():
 def evaluate(model, samples, *, train_samples=None, lookup=lookup, **options):
     if train_samples is None:
         train_samples = [sample("red", "dark red", shade=-20), sample("blue", shade=-20)]
-    captions = captions_task(samples, train_samples=train_samples, lookup=lookup, max_new_tokens=6)
+    captions = captions_task(
+        samples, train_samples=train_samples, lookup=lookup, tokenizer=tiny_tokenizer(), max_new_tokens=6
+    )
     return task.evaluate(model, [captions], lookup=lookup, **options)
 
 
@@ -155,7 +159,45 @@ def test_subsets_have_metrics_of_their_own(model, held):
     for name, metrics in result.metrics["captions"].items():
         rows = [row for row in result.rows["captions"] if row["subset"] == "new"]
         said = [row[name] for row in rows]
-        assert metrics["by_subset"]["new"] == caption_metrics(said, [row["references"] for row in rows])
+        expected = caption_metrics(said, [row["references"] for row in rows])
+        assert metrics["by_subset"]["new"] == {"count": 3, **expected}
+
+
+def test_languages_are_apart_also_with_the_same_prompt(model):
+    samples = [
+        replace(sample(color, name), language=language, subset="new")
+        for language, names in (("en", ("red", "blue")), ("zh", ("红色", "蓝色")))
+        for color, name in zip(("red", "blue"), names, strict=True)
+    ]
+    # The nearest training image has an English caption only; the Chinese one is of another image.
+    training = [
+        replace(sample("red", "dark red", shade=-20), language="en"),
+        replace(sample("blue", "深蓝色", shade=-20), language="zh"),
+    ]
+    result = evaluate(model, [*samples, replace(samples[0], language="es")], train_samples=training)
+    rows = result.rows["captions"]
+    assert [(row["language"], row["references"]) for row in rows] == [
+        *[(one.language, [*one.references]) for one in samples],
+        ("es", ["red"]),
+    ]
+    assert [row["nearest_caption"] for row in rows] == ["dark red"] * 2 + ["深蓝色"] * 2 + [""]
+    metrics = result.metrics["captions"]["nearest_caption"]
+    assert {name: part["count"] for name, part in metrics["by_language"].items()} == {
+        "en": 2,
+        "zh": 2,
+        "es": 1,
+    }
+    # 3 of 3 characters against 2: the longest common subsequence of 深蓝色 and 蓝色 has both.
+    assert metrics["by_language"]["zh"]["rouge_l"] == pytest.approx((2 / 5 + 4 / 5) / 2)
+    assert metrics["by_subset"]["new"]["by_language"]["zh"] == metrics["by_language"]["zh"]
+    assert "by_subset" not in metrics["by_language"]["zh"]
+
+
+def test_a_caption_may_be_as_long_as_the_longest_true_one():
+    made = partial(captions_task, train_samples=[], lookup=lookup, tokenizer=tiny_tokenizer())
+    assert made([sample("red", "red")]).max_new_tokens == MIN_TOKENS
+    # Three bytes, and tokens, for each character; the end token, and a margin.
+    assert made([sample("red", "红" * 30)]).max_new_tokens > 91
 
 
 def test_the_nearest_training_image(model, held):
@@ -353,6 +395,10 @@ def test_chosen_variants_are_measured_alone(model, held):
         ("1 + 1 = 2", ["1", "+", "1", "=", "2"]),
         ("...", []),
         ("", []),
+        ("红色的T恤。", ["红", "色", "的", "t", "恤"]),  # a character of a script without spaces is a word
+        ("赤い ﾄﾏﾄ・トマト", ["赤", "い", "ト", "マ", "ト", "ト", "マ", "ト"]),
+        ("ที่นี่", ["ที่", "นี่"]),  # marks stay with their character
+        ("빨간 사과", ["빨간", "사과"]),
     ],
 )
 def test_words_of_a_caption(text, words):
@@ -411,6 +457,28 @@ def test_metrics_read_other_alphabets():
     assert scores["rouge_l"] == pytest.approx(0.5)
     assert scores["exact_match"] == 0.5
     assert scores["cider"] == pytest.approx(2.5)
+
+
+def test_characters_of_chinese_are_compared_as_words():
+    scores = caption_metrics(["消防车", "红色 苹果"], [["消防员"], ["红色苹果。"]])
+    assert scores["rouge_l"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["exact_match"] == 0.5
+
+
+def test_words_are_rare_in_their_own_language():
+    pairs = (
+        (["a cat", "a dog"], [["a cat"], ["a dog"]]),
+        (["un gato", "el perro"], [["un gato"], ["un perro"]]),
+    )
+    apart = [caption_metrics(*pair)["cider"] for pair in pairs]
+    together = caption_metrics(
+        [*pairs[0][0], *pairs[1][0]], [*pairs[0][1], *pairs[1][1]], ["en", "en", "es", "es"]
+    )
+    assert together["cider"] == pytest.approx(sum(apart) / 2)
+    # Without languages, "a" and "un" would be in half of the references, and count.
+    assert caption_metrics([*pairs[0][0], *pairs[1][0]], [*pairs[0][1], *pairs[1][1]])[
+        "cider"
+    ] != pytest.approx(together["cider"])
 
 
 def test_empty_predictions_match_nothing():

@@ -117,9 +117,9 @@ def test_the_page_shows_questions_types_and_answers(folder):
     text = write(folder, {"answers": ANSWERS}, answers=rows)
     assert "caption" not in text.split("</style>")[1].replace("figcaption", "")
     for expected in (
-        '<dt>asked</dt><dd dir="auto">is &lt;it&gt; red?</dd>',
-        'Red. <span class="mark">✓ right</span>',
-        '<dd class="model" dir="auto">(nothing)</dd>',
+        '<dt>asked</dt><dd dir="auto"><bdi>is &lt;it&gt; red?</bdi></dd>',
+        '<bdi>Red.</bdi> <span class="mark">✓ right</span>',
+        '<dd class="model" dir="auto"><bdi>(nothing)</bdi></dd>',
         "a / b",
         '<th scope="row">yes/no</th><td>300</td><td>90.0%</td><td>40.0%</td><td>50.0%</td><td>60.0%</td>',
         'width:90.0%"></i></span><span>90.0%</span>',

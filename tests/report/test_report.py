@@ -323,6 +323,24 @@ def test_captions_with_unusual_characters_are_kept(folder):
     assert json.loads((folder / "report/captions.jsonl").read_text(encoding="utf-8"))["model"] == odd
 
 
+def test_captions_of_other_scripts_are_apart_from_their_marks(folder):
+    # An override of the direction would turn the mark around, too.
+    for said in ("مبنى أحمر", "\u202eabc", "e" + "\u0301" * 30, "消防車"):
+        text = write(folder, [row("red", model=said, exact=True)])
+        assert f'<dd class="model" dir="auto"><bdi>{said}</bdi> <span class="mark">' in text
+
+
+def test_languages_and_subsets_are_rows_of_the_table(folder):
+    captions = METRICS["tasks"]["captions"]
+    part = {"count": 1200, "cider": 1.5, "exact_match": 0.25}
+    model = {**captions["model"], "by_language": {"en": part, "<zh>": {**part, "exact_match": 0.5}}}
+    model["by_subset"] = {"new": {**part, "by_language": {"en": part}}}
+    text = write(folder, metrics={**METRICS, "tasks": {"captions": {**captions, "model": model}}})
+    for title in ("new", "new, en", "en"):
+        assert f'<th scope="row">Exact match: {title} (1,200)</th><td>25.0%</td><td>-</td>' in text
+    assert "By language, exact match: 25.0% in en, 50.0% in &lt;zh&gt;." in text
+
+
 def test_file_names_that_are_not_utf8(folder):
     text = write(folder, [row("red", media="pictures/\udc80.png")], problems={"\udc80": "no name"})
     assert "\\udc80.png" in text

@@ -40,6 +40,8 @@ class BenchmarkOptions:
     """seed of random options and samples"""
     prompt: str | None = None
     """frame of a question, such as "{question} Answer briefly.", or the question about media with captions"""
+    prompts: dict[str, str] | None = None
+    """instead of it, one for each language, such as '{"en": "What is this?", "es": "¿Qué es esto?"}'"""
     choose: Literal["text", "likelihood"] = "text"
     """answer a multiple choice by text, or by the option with the highest log-likelihood"""
     tokenizer: Literal["python", "ptb"] = "python"

@@ -21,12 +21,39 @@ _LETTER_ONLY = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s|$)|$)", re.IGNORECASE)
 # The point, commas before three digits, and the sign.
 _IN_NUMBER = re.compile(r"(?<=\d)(?:\.(?=\d)|,(?=\d{3}(?!\d)))|(?<!\w)-(?=\d)")
 _MINUS = "\u2212"
+# Scripts without spaces between words: Thai and Lao, Burmese, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text: split at white space, and each character of a script without spaces is a word.
+
+    These are the scripts of Chinese, Japanese, Thai, Lao, Khmer and Burmese. Combining marks stay with their character.
+
+    Examples:
+        >>> split_words("a red 消防車")
+        ['a', 'red', '消', '防', '車']
+    """
+    if not _UNSPACED.search(text):
+        return text.split()
+    pieces, is_apart = [], False
+    for char in text:
+        if unicodedata.category(char).startswith("M"):
+            pieces.append(char)
+            continue
+        was_apart, is_apart = is_apart, bool(_UNSPACED.match(char))
+        # A space on both sides of such a character, after its marks.
+        pieces.append(f" {char}" if is_apart or was_apart else char)
+    return "".join(pieces).split()
 
 
 def answer_words(text: str) -> list[str]:
     """Return the words by which answers are compared.
 
-    Unicode NFKC, lower case, punctuation to spaces, split at white space, without the articles a, an and the (kept
+    Unicode NFKC, lower case, punctuation to spaces, split as by `split_words`, without the articles a, an and the (kept
     if they are the whole answer). The point and the sign of a number stay, and its commas are removed: 1,000 is 1000.
 
     Examples:
@@ -42,7 +69,7 @@ def answer_words(text: str) -> list[str]:
         else:
             # A mark becomes a space, so that medium-small is two words.
             chars.append(" " if unicodedata.category(char).startswith("P") else char)
-    words = "".join(chars).split()
+    words = split_words("".join(chars))
     # An answer of articles only keeps them.
     return [word for word in words if word not in ARTICLES] or words
 

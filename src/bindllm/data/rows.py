@@ -39,6 +39,7 @@ class Row:
         task: how it is measured if it is held out.
         type: kind of question, for accuracy by type; empty if the row does not give one.
         subset: part of the held-out rows, for metrics by subset; empty if the row does not give one.
+        language: its language, for metrics by language; empty if the row does not give one.
         rejected: in a preference pair, the conversation with the worse answer; only its last message differs.
         desirable: whether the answer is a wanted one; None if the row does not say so.
         options: in a multiple choice, the texts of the options in the order of their letters in the prompt; in an
@@ -56,6 +57,7 @@ class Row:
     task: Task = "caption"
     type: str = ""
     subset: str = ""
+    language: str = ""
     rejected: Conversation | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ class Sample:
         media_index: the media group that the token listens to, or -1.
         conversation: the tokenized conversation.
         truncated: whether an answer was cut or dropped to keep to the maximum length.
-        references, name, source, task, type, subset, desirable, options, query_only: as in `Row`.
+        references, name, source, task, type, subset, language, desirable, options, query_only: as in `Row`.
         rejected: the worse answer to the same prompt, tokenized in the same way.
         number: index among the samples of its split; -1 if it has none.
     """
@@ -96,6 +98,7 @@ class Sample:
     task: Task = "caption"
     type: str = ""
     subset: str = ""
+    language: str = ""
     rejected: Sample | None = None
     desirable: bool | None = None
     options: tuple[str, ...] = ()
@@ -167,6 +170,7 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         task=row.task if whole else "chat",
         type=row.type,
         subset=row.subset,
+        language=row.language,
         rejected=rejected,
         desirable=row.desirable,
         options=row.options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -32,6 +33,8 @@ Names = Literal["made-up", "true"]
 Negatives = Literal["random", "hard"]
 Layout = Literal["table", "isekai", "imagenet"]
 Rationale = bool | Literal["only", "given"]
+# The first part of a language tag, and the others.
+_LANGUAGE, _SUBTAG = re.compile("[A-Za-z]{2,3}"), re.compile("[A-Za-z0-9]{2,8}")
 
 
 def split_named(name: object) -> Split | None:
@@ -42,6 +45,21 @@ def split_named(name: object) -> Split | None:
         ('test', 'validation', None)
     """
     return name if name in SPLITS else _OTHER_NAMES.get(name) if isinstance(name, str) else None
+
+
+def language_named(name: str) -> str:
+    """Return a language in one spelling: a tag such as ``zh-Hans-CN`` in the case of BCP 47; other names as they are.
+
+    Examples:
+        >>> language_named("zh_hans"), language_named("PT-br"), language_named("Quechua")
+        ('zh-Hans', 'pt-BR', 'Quechua')
+    """
+    parts = name.replace("_", "-").split("-")
+    if not (_LANGUAGE.fullmatch(parts[0]) and all(map(_SUBTAG.fullmatch, parts[1:]))):
+        return name
+    # Scripts have four letters, regions two letters or three digits.
+    cases = {4: str.title, 2: str.upper}
+    return "-".join([parts[0].lower(), *(cases.get(len(part), str.lower)(part) for part in parts[1:])])
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,7 @@ class Columns:
         answer: a text or a list of texts; in choice, the index of an option from 0, its letter or its text (answers).
         type: kind of question, for accuracy by type; may be missing.
         subset: part of the held-out rows, for metrics by subset; may be missing.
+        language: language of the row, for metrics by language; may be missing, unless there is a prompt for each.
         choices: the options, a list of texts (options, or a column for each letter: A, B, ...).
         hint: context of the question (context); may be empty or missing.
         lecture: background knowledge, before the explanation; may be empty or missing.
@@ -90,6 +109,7 @@ class Columns:
     answer: str = "answer"
     type: str = "type"
     subset: str = "subset"
+    language: str = "language"
     choices: str = "choices"
     hint: str = "hint"
     lecture: str = "lecture"
@@ -206,6 +226,8 @@ class SourceConfig:
             encoder of the recipe serves. In a table, their column is then called like the modality.
         prompt: the question about each image (or other media) with captions. In vqa, ``{question}`` in the prompt is
             replaced by the question.
+        prompts: instead of it, a prompt for each language, such as ``{en: What is this?, es: ¿Qué es esto?}``. The
+            column language of a row chooses its prompt; a row of another language is skipped and counted.
         weight: how often each row is drawn in an epoch: 2 is twice, 0.5 every second epoch.
         split: put the whole source into one split. Otherwise the column split of the table decides, and without it,
             the hash of the media's path (or of the question); rows that share media share a split.
@@ -229,6 +251,7 @@ class SourceConfig:
     format: Format = "caption"
     modality: str = "image"
     prompt: str = "Describe this image."
+    prompts: dict[str, str] | None = None
     weight: float = 1.0
     split: Split | None = None
     held_out: float = 0.1
@@ -253,6 +276,8 @@ class SourceConfig:
                 f"{self.path}: a modality is a lower-case word, not {self.modality!r}. "
                 f"{did_you_mean(str(self.modality).lower(), MODALITIES)}"
             )
+        if self.prompts is not None:
+            self._check_prompts(self.prompts)
         if self.split is not None and self.split not in SPLITS:
             raise InputError(f"{self.path}: unknown split {self.split!r}. {did_you_mean(self.split, SPLITS)}")
         if self.split_by not in ("media", "row"):
@@ -276,3 +301,21 @@ class SourceConfig:
             raise InputError(f"{self.path}: reasoning must be learn, mask or drop, not {self.reasoning!r}")
         if self.episodes is not None and self.format != "caption":
             raise InputError(f"{self.path}: episodes belong to format: caption, not to {self.format}")
+
+    def _check_prompts(self, prompts: dict[str, str]) -> None:
+        """Raise if the prompts are not used, or one of them cannot be."""
+        if self.prompt != SourceConfig.prompt:
+            raise InputError(f"{self.path}: give prompt or prompts, not both")
+        if self.format not in (*CAPTION_FORMATS, "vqa") or self.episodes is not None:
+            raise InputError(
+                f"{self.path}: prompts belong to format: {', '.join(CAPTION_FORMATS)} or vqa, without episodes"
+            )
+        texts = [*prompts, *prompts.values()]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(
+                f"{self.path}: prompts must name a text for each language, such as "
+                f'{{en: "What is this?", "no": "Hva er dette?"}} (YAML reads no without quotes as false), not {prompts}'
+            )
+        # zh-CN and zh_cn are one language, which cannot have two prompts.
+        if len({language_named(name) for name in prompts}) < len(prompts):
+            raise InputError(f"{self.path}: prompts name one language twice: {', '.join(prompts)}")

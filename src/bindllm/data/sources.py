@@ -140,19 +140,23 @@ def _caption_records(config: SourceConfig, report: SourceReport) -> Iterator[tup
 
 
 def _join_captions(found: _Found, resolve: FolderResolver, report: SourceReport) -> _Found:
-    """Give all captions of an image to each of its rows as references, and put these rows next to each other."""
-    images: dict[tuple[str, ...], dict[str, tuple[Row, Split | None]]] = {}
+    """Give all captions of an image in one language to each of these rows, and put the rows of an image together."""
+    images: dict[tuple[str, ...], dict[str, dict[str, tuple[Row, Split | None]]]] = {}
+    splits: dict[tuple[str, ...], Split | None] = {}
     for row, split in found:
         # By key, so that two spellings of a path are one image.
-        captions = images.setdefault(tuple(map(resolve.key, row.media)), {})
-        first_split = next(iter(captions.values()))[1] if captions else split
-        if split != first_split:
+        key = tuple(map(resolve.key, row.media))
+        if split != splits.setdefault(key, split):
             report.skipped.add(f"this {report.modality} is in another split already", row.name)
-        elif captions.setdefault(row.references[0], (row, split))[0] is not row:
+            continue
+        # A name may be the same in two languages, and is asked for by two prompts.
+        captions = images.setdefault(key, {}).setdefault(row.language, {})
+        if captions.setdefault(row.references[0], (row, split))[0] is not row:
             report.skipped.add(f"same {report.modality} and caption as an earlier row", row.name)
     return [
         (replace(row, references=tuple(captions)), split)
-        for captions in images.values()
+        for languages in images.values()
+        for captions in languages.values()
         for row, split in captions.values()
     ]
 

@@ -52,6 +52,7 @@ class AnswerRow:
         shuffled_media: answer of the same model with other media.
         majority_answer: the most frequent training answer.
         subset: part of the held-out rows that it belongs to; empty if the row has none.
+        language: its language; empty if the row has none.
     """
 
     question: str
@@ -65,6 +66,7 @@ class AnswerRow:
     shuffled_media: str | None = None
     majority_answer: str | None = None
     subset: str = ""
+    language: str = ""
 
 
 def answers_task(
@@ -146,7 +148,9 @@ def longest_answer(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
 
 
 def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample]) -> list[BaselineAnswer]:
-    """Return for each sample the most frequent training answer to its question, else to its type, else to all.
+    """Return for each sample the most frequent training answer to its question, else to its type in its language.
+
+    Without such a type it is the most frequent one in its language, and without that of all.
 
     Answers with the same words are one, and the first of equally frequent ones counts. A row with several true
     answers counts each of them. Of preference rows the wanted answers count.
@@ -177,7 +181,8 @@ def majority_answers(samples: Sequence[Sample], train_samples: Iterable[Sample])
 
 def _keys(sample: Sample) -> tuple[tuple[str, ...], ...]:
     """Return the keys under which answers to a question are counted, the most specific first."""
-    return ("question", last_question(sample).lower()), ("type", sample.type), ("all",)
+    own = ("type", sample.type, sample.language), ("language", sample.language)
+    return ("question", last_question(sample).lower()), *own, ("all",)
 
 
 def last_question(sample: Sample) -> str:
@@ -194,6 +199,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer
         references=list(dict.fromkeys(item.references)),
         type=item.type,
         subset=item.subset,
+        language=item.language,
         media=media_name(item),
         modality=group[0].modality if group else None,
         model=texts[MODEL],

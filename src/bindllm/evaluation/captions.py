@@ -16,12 +16,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from bindllm.data.answers import split_words
 from bindllm.data.collate import Lookup
 from bindllm.data.rows import Sample
 from bindllm.errors import InputError
 from bindllm.evaluation.answering import input_digests
-from bindllm.evaluation.ngrams import Cider, bleu_sums, corpus_bleu
+from bindllm.evaluation.answers import longest_answer
+from bindllm.evaluation.ngrams import bleu_sums, ciders, corpus_bleu
 from bindllm.evaluation.task import (
     MODEL,
     NEAREST_CAPTION,
@@ -36,6 +39,8 @@ from bindllm.evaluation.task import (
 from bindllm.objectives.rewards import f_measure, longest_common
 
 METRICS = ("cider", "bleu4", "rouge_l", "exact_match")
+MIN_TOKENS = 32
+"""Tokens that a caption may have at least, also if all true ones are shorter."""
 _CHUNK = 1024
 """Training media compared at a time, so that memory does not grow with their number."""
 
@@ -58,6 +63,7 @@ class CaptionRow:
         nearest_modality: their modality.
         nearest_similarity: cosine of the two embeddings, -1..1.
         subset: part of the held-out rows that it belongs to; empty if the row has none.
+        language: its language; empty if the row has none.
     """
 
     media: str
@@ -73,12 +79,18 @@ class CaptionRow:
     nearest_modality: str | None = None
     nearest_similarity: float | None = None
     subset: str = ""
+    language: str = ""
 
 
 def captions_task(
-    samples: Sequence[Sample], *, train_samples: Sequence[Sample], lookup: Lookup, max_new_tokens: int = 32
+    samples: Sequence[Sample],
+    *,
+    train_samples: Sequence[Sample],
+    lookup: Lookup,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int | None = None,
 ) -> Task:
-    """Return the captions task: the loss of every sample, and one caption per distinct media.
+    """Return the captions task: the loss of every sample, and one caption per distinct media and language.
 
     Media with several captions are captioned once and compared with all of them. Two files with the same embedding
     count as one.
@@ -87,7 +99,8 @@ def captions_task(
         samples: held-out samples with references.
         train_samples: samples for the baseline.
         lookup: returns the embeddings of media groups.
-        max_new_tokens: longest caption.
+        tokenizer: tokenizer of the model.
+        max_new_tokens: longest caption; None: a little more than the longest true one, and at least `MIN_TOKENS`.
 
     Raises:
         InputError: none of the samples has media.
@@ -95,10 +108,12 @@ def captions_task(
     shown = [sample for sample in samples if sample.media]
     if not shown:
         raise InputError(f"none of the {len(samples)} held-out samples has media; give captioned media")
-    first: dict[bytes, Sample] = {}
-    references: dict[bytes, dict[str, None]] = {}
-    # Grouped by input: a prompt with the same embedding has one caption, whatever the file is called.
-    for key, sample in zip(input_digests(shown, lookup), shown, strict=True):
+    first: dict[tuple[bytes, str], Sample] = {}
+    references: dict[tuple[bytes, str], dict[str, None]] = {}
+    # Grouped by input: a prompt with the same embedding has one caption, whatever the file is called. Captions of
+    # another language stay apart, also if they have the same prompt.
+    for digest, sample in zip(input_digests(shown, lookup), shown, strict=True):
+        key = digest, sample.language
         first.setdefault(key, sample)
         references.setdefault(key, {}).update(dict.fromkeys(sample.references))
     # One item for each input, with the references of all its rows.
@@ -111,7 +126,7 @@ def captions_task(
         loss_items=shown,
         baselines={NEAREST_CAPTION: partial(nearest_captions, items, train_samples, lookup)},
         make_row=_row,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or max(MIN_TOKENS, longest_answer(items, tokenizer)),
         counts={"without_media": skipped} if skipped else {},
     )
 
@@ -121,12 +136,25 @@ def nearest_captions(
 ) -> list[BaselineAnswer]:
     """Return for each sample the caption of the training media with the highest cosine; the first of equal ones.
 
+    Only captions in the language of the sample are copied; without any, the answer is empty.
+
     Raises:
         InputError: no training sample has media.
     """
-    training = [sample for sample in train_samples if sample.media]
-    if not training:
+    if not any(sample.media for sample in train_samples):
         raise InputError("the training samples have no media, so the nearest caption is not defined")
+    found: dict[int, BaselineAnswer] = {}
+    for language in dict.fromkeys(sample.language for sample in samples):
+        own = [n for n, sample in enumerate(samples) if sample.language == language]
+        training = [sample for sample in train_samples if sample.media and sample.language == language]
+        copied = _nearest([samples[n] for n in own], training, lookup)
+        found.update(zip(own, copied, strict=True))
+    return [found[n] for n in range(len(samples))]
+
+
+def _nearest(samples: Sequence[Sample], training: Sequence[Sample], lookup: Lookup) -> list[BaselineAnswer]:
+    if not training:
+        return [BaselineAnswer("")] * len(samples)
     # Unit embeddings, so the product is the cosine.
     held_out = lookup([media_of(sample) for sample in samples])
     best, position = torch.full((len(samples),), -math.inf), torch.zeros(len(samples), dtype=torch.long)
@@ -147,7 +175,7 @@ def _metric(items: Sequence[Sample], captions: Sequence[str]) -> Metrics:
     if not items:
         # A variant that was not measured has the same keys.
         return dict.fromkeys(METRICS)
-    return caption_metrics(captions, [item.references for item in items])
+    return caption_metrics(captions, [item.references for item in items], [item.language for item in items])
 
 
 def _row(item: Sample, texts: Mapping[str, str | None], nearest: BaselineAnswer | None) -> dict[str, Any]:
@@ -156,6 +184,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], nearest: BaselineAnswer 
         modality=media_of(item)[0].modality,
         references=list(item.references),
         subset=item.subset,
+        language=item.language,
         model=texts[MODEL],
         exact=same_caption(texts[MODEL] or "", item.references),
         no_media=texts[NO_MEDIA],
@@ -172,15 +201,16 @@ def caption_words(text: str) -> list[str]:
     """Return the words of a caption: Unicode NFKC, lower case, punctuation to spaces, split at white space.
 
     It replaces the PTB tokenizer of the COCO caption tools, which needs Java, so scores are comparable with each
-    other and only roughly with published ones. Text without spaces (Chinese, Thai) counts as one word.
+    other and only roughly with published ones. In scripts without spaces (Chinese, Japanese, Thai) each character is a
+    word, see `bindllm.data.answers.split_words`.
 
     Examples:
-        >>> caption_words("A black medium-small Square.")
-        ['a', 'black', 'medium', 'small', 'square']
+        >>> caption_words("A black medium-small Square."), caption_words("红色的方块。")
+        (['a', 'black', 'medium', 'small', 'square'], ['红', '色', '的', '方', '块'])
     """
     # NFKC also unifies the full-width and half-width forms of a character.
     text = unicodedata.normalize("NFKC", text).lower()
-    return "".join(" " if unicodedata.category(char).startswith("P") else char for char in text).split()
+    return split_words("".join(" " if unicodedata.category(char).startswith("P") else char for char in text))
 
 
 def same_caption(prediction: str, references: Sequence[str]) -> bool:
@@ -194,7 +224,9 @@ def same_caption(prediction: str, references: Sequence[str]) -> bool:
     return bool(words) and any(words == caption_words(reference) for reference in references)
 
 
-def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def caption_metrics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str] | None = None
+) -> dict[str, float]:
     """Compare captions with their references.
 
     - ``cider``: CIDEr-D, 0..10. The weight of a word depends on how few of *these* images' references mention
@@ -208,6 +240,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     Args:
         predictions: one caption per image; an empty one is allowed and matches nothing.
         references: the true captions of each image, at least one.
+        languages: language of each image's captions; CIDEr-D counts how rare a word is in each of them. None: one.
 
     Returns:
         The four numbers, named as above.
@@ -223,7 +256,9 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     # All four metrics get the same words.
     generated = [caption_words(text) for text in predictions]
     true = [[caption_words(text) for text in texts] for texts in references]
-    pairs, weights = list(zip(generated, true, strict=True)), Cider(true)
+    pairs, languages = list(zip(generated, true, strict=True)), languages or [""] * len(true)
+    weights = ciders(true, languages)
+    scores = [weights[language].score(*pair) for language, pair in zip(languages, pairs, strict=True)]
     sums = sum((Counter(bleu_sums(*pair)) for pair in pairs), Counter())
     closest = [
         max(f_measure(words, other, longest_common(words, other)) for other in texts)
@@ -231,7 +266,7 @@ def caption_metrics(predictions: Sequence[str], references: Sequence[Sequence[st
     ]
     matches = [same_caption(text, texts) for text, texts in zip(predictions, references, strict=True)]
     return {
-        "cider": sum(weights.score(*pair) for pair in pairs) / len(pairs),
+        "cider": sum(scores) / len(pairs),
         "bleu4": float(corpus_bleu(sums, 4)),
         "rouge_l": sum(closest) / len(closest),
         "exact_match": sum(matches) / len(matches),

@@ -58,7 +58,9 @@ def evaluate_held_out(
     tasks, problems = [], {}
     asking = {"tokenizer": model.tokenizer, "shuffled_limit": shuffled_limit}
     make = {
-        "captions": partial(captions_task, train_samples=train_samples, lookup=lookup),
+        "captions": partial(
+            captions_task, train_samples=train_samples, lookup=lookup, tokenizer=model.tokenizer
+        ),
         "answers": partial(answers_task, train_samples=train_samples, **asking),
         "episodes": partial(episodes_task, lookup=lookup, **asking),
         "conversations": conversations_task,

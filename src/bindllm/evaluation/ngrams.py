@@ -76,6 +76,19 @@ def corpus_bleu(sums: Mapping[str, np.ndarray], order: int) -> np.ndarray:
     return np.nan_to_num(found)
 
 
+def ciders(references: Sequence[Sequence[Words]], languages: Sequence[str]) -> dict[str, Cider]:
+    """Return the CIDEr-D of each language: words are rare or frequent among the references of their own language.
+
+    Args:
+        references: words of the references of every item.
+        languages: language of every item.
+    """
+    own: dict[str, list[Sequence[Words]]] = {}
+    for texts, language in zip(references, languages, strict=True):
+        own.setdefault(language, []).append(texts)
+    return {language: Cider(texts) for language, texts in own.items()}
+
+
 class Cider:
     """CIDEr-D: how similar captions are to their references, by n-grams that few images of the set have.
 

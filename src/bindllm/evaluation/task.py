@@ -64,7 +64,8 @@ VARIANTS = {
 """The variants of each task of held-out rows, as the report shows them."""
 
 OTHER = "other"
-"""Type or subset of items without one, if other items have one."""
+"""Type, subset or language of items without one, if other items have one."""
+_LABELS = ("subset", "language")
 
 BATCH_SIZE = 128
 LOSS_BATCH_SIZE = 32
@@ -145,8 +146,9 @@ class Evaluation:
     Attributes:
         metrics: metrics of each variant of each task. ``loss`` is in nats per supervised token and ``perplexity`` its
             exponential. If a variant was measured on a part of the items, ``model_accuracy`` is the accuracy of
-            ``model`` on the same part. ``by_subset`` has the metrics of each subset, if the items have subsets. A
-            number that could not be measured is None.
+            ``model`` on the same part. ``by_subset`` has the metrics of each subset, if the items have subsets, and
+            ``by_language`` those of each language; each subset has its languages too. A number that could not be
+            measured is None.
         rows: one JSON-able row per item, for tasks that have rows.
         problems: why something could not be measured, by task and measurement.
         seconds: wall time.
@@ -269,16 +271,24 @@ def _metrics(run: _Run, variant: str, loss: float | None, answers: Mapping[str, 
     return metrics
 
 
-def _scored(metric: Metric, items: Sequence[Sample], texts: Sequence[str]) -> Metrics:
-    """Return the metrics of all items and, if the items have subsets, those of each as ``by_subset``."""
-    subsets: dict[str, tuple[list[Sample], list[str]]] = {}
-    for item, text in zip(items, texts, strict=True):
-        own_items, own_texts = subsets.setdefault(item.subset or OTHER, ([], []))
-        own_items.append(item)
-        own_texts.append(text)
+def _scored(
+    metric: Metric, items: Sequence[Sample], texts: Sequence[str], labels: Sequence[str] = _LABELS
+) -> Metrics:
+    """Return the metrics of all items and, if the items have subsets or languages, those of each of them."""
     metrics = metric(items, texts)
-    if subsets.keys() - {OTHER}:
-        metrics = {**metrics, "by_subset": {name: metric(*own) for name, own in subsets.items()}}
+    for n, label in enumerate(labels, start=1):
+        parts: dict[str, tuple[list[Sample], list[str]]] = {}
+        for item, text in zip(items, texts, strict=True):
+            own_items, own_texts = parts.setdefault(getattr(item, label) or OTHER, ([], []))
+            own_items.append(item)
+            own_texts.append(text)
+        if parts.keys() - {OTHER}:
+            # A subset may have languages, but a language no subsets: each pair is measured once.
+            by_name = {
+                name: {"count": len(own[0]), **_scored(metric, *own, labels[n:])}
+                for name, own in parts.items()
+            }
+            metrics = {**metrics, f"by_{label}": by_name}
     return metrics
 
 

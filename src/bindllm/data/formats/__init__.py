@@ -116,8 +116,8 @@ def vqa(fields: Fields) -> Row:
     of them in a tie; all answers are references, as often as they were given.
     """
     question = fields.require_text("question")
-    if QUESTION in fields.config.prompt:
-        question = fields.config.prompt.replace(QUESTION, question)
+    if QUESTION in (frame := fields.prompt()):
+        question = frame.replace(QUESTION, question)
     answers = _answers(fields)
     # The first of equally frequent answers: most_common keeps their order.
     answer, _ = Counter(answers).most_common(1)[0]
@@ -282,7 +282,7 @@ def _described(
     cleaned = [_clean(value) for value in captions]
     references = tuple(dict.fromkeys(text for text, _ in cleaned))
     remarks += (CONTROL,) if any(had_control for _, had_control in cleaned) else ()
-    messages = _exchange(fields.config.prompt, references[0])
+    messages = _exchange(fields.prompt(), references[0])
     return fields.row(messages, media, "caption", references=references, remarks=remarks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from bindllm.conversation.messages import (
 )
 from bindllm.conversation.tools import read_tools
 from bindllm.data.rows import Row, Task
-from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, split_named
+from bindllm.data.source_config import SPLITS, Format, SourceConfig, Split, language_named, split_named
 from bindllm.data.tables import Record
 from bindllm.errors import did_you_mean
 
@@ -124,6 +125,23 @@ class Fields:
             raise RowError(f"nothing in column {self.column(field)!r}")
         return text
 
+    def prompt(self) -> str:
+        """Return the prompt of the source, in the language of the record if it has one for each.
+
+        Raises:
+            RowError: the record has no language, or one without a prompt.
+        """
+        if self.config.prompts is None:
+            return self.config.prompt
+        language = language_named(self.require_text("language"))
+        prompts = {language_named(name): text for name, text in self.config.prompts.items()}
+        # Never that of a related language: zh-Hant is another script than zh-Hans, and zh may be either.
+        if language not in prompts:
+            raise RowError(
+                f"no prompt for the language {reprlib.repr(language)}. {did_you_mean(language, prompts)}"
+            )
+        return prompts[language]
+
     def system(self) -> list[dict[str, str]]:
         """Return the message of the column ``system``, if the record has one."""
         text = self.text("system")
@@ -193,6 +211,7 @@ class Fields:
             task=task,
             type=self._label("type"),
             subset=self._label("subset"),
+            language=language_named(self._label("language")),
             split=self._split(),
             remarks=(*remarks, *self.remarks(messages)),
             **facts,
@@ -305,6 +324,8 @@ def read_split(record: Record, column: str) -> Split | None:
 def as_text(value: object, column: str) -> str:
     """Return a value as text, without white space around it: a number as its digits, None and NaN as no text.
 
+    The text is in Unicode form NFC, so that equal texts have equal tokens.
+
     Raises:
         RowError: neither of these.
     """
@@ -316,7 +337,7 @@ def as_text(value: object, column: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise RowError(f"column {column!r} does not hold a text")
-    return value.strip()
+    return unicodedata.normalize("NFC", value).strip()
 
 
 def as_list(value: object, column: str) -> list:

@@ -43,7 +43,7 @@ def _turns(fields: Fields) -> list[object]:
 
 def _content(fields: Fields) -> list[str]:
     """Return the text of a question, as content parts."""
-    frame, text = fields.config.prompt, fields.text("prompt")
+    frame, text = fields.prompt(), fields.text("prompt")
     if not text:
         if not fields.media_columns():
             names = ", ".join(map(repr, fields.record)) or "none"

@@ -195,6 +195,7 @@ def read_items(
     folder: Path,
     *,
     prompt: str,
+    prompts: dict[str, str] | None = None,
     limit: int | None = None,
     rationales: str | None = None,
 ) -> Items:
@@ -204,6 +205,7 @@ def read_items(
         benchmark: the benchmark.
         folder: folder, or table, with its published files.
         prompt: see `Benchmark`.
+        prompts: instead of it, a prompt for each language.
         limit: only this many questions, chosen by the hash of their units; None: all.
         rationales: file with rationales that are added to the questions, by id; a question without one is skipped.
 
@@ -226,7 +228,8 @@ def read_items(
         str(folder),
         format=benchmark.format,
         modality=benchmark.modality,
-        prompt=prompt,
+        prompt=prompt if prompts is None else SourceConfig.prompt,
+        prompts=prompts,
         split="test",
         rationale=False if rationales is None else "given",
         rationales=rationales,

@@ -23,7 +23,17 @@ LEVEL = 95
 """Percent of the resamples inside an interval."""
 
 _SCORING = (
-    *("parser", "unparsed", "tokenizer", "prompt", "choose", "max_new_tokens", "samples", "temperature"),
+    *(
+        "parser",
+        "unparsed",
+        "tokenizer",
+        "prompt",
+        "prompts",
+        "choose",
+        "max_new_tokens",
+        "samples",
+        "temperature",
+    ),
     "rationales",
 )
 """Settings that change scores; a difference may come from them, and not from the models."""

@@ -28,7 +28,7 @@ from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.evaluation.captions import caption_words
 from bindllm.evaluation.layouts import Dataset, read_layout
 from bindllm.evaluation.layouts.dataset import NO_FILE, Files, read_entries, require
-from bindllm.evaluation.ngrams import Cider, Words, bleu_sums, rouge_l
+from bindllm.evaluation.ngrams import Cider, Words, bleu_sums, ciders, rouge_l
 from bindllm.media import Media
 
 _PTB = "pycocoevalcap.tokenizer.ptbtokenizer"
@@ -40,12 +40,12 @@ _CHUNK = 1024
 
 
 def score_captions(items: Sequence[Item]) -> Score:
-    """Return the scorer of captions; the weights of words in CIDEr-D are those of the references of all items."""
+    """Return the scorer of captions; the weights of words in CIDEr-D are those of the references of a language."""
     words = {item.id: [caption_words(text) for text in item.references] for item in items}
-    cider = Cider(list(words.values()))
+    weights = ciders(list(words.values()), [item.row.language for item in items])
 
     def score(item: Item, parsed: Any) -> Mapping[str, float]:
-        return _scores(cider, caption_words(parsed or ""), words[item.id])
+        return _scores(weights[item.row.language], caption_words(parsed or ""), words[item.id])
 
     return score
 
@@ -55,29 +55,36 @@ def _scores(cider: Cider, candidate: Words, references: Sequence[Words]) -> dict
     return {
         "score": own,
         "cider": own,
+        "exact_match": float(bool(candidate) and candidate in references),
         "rouge_l": rouge_l(candidate, references),
         **bleu_sums(candidate, references),
     }
 
 
-def nearest_captions(items: Sequence[Item], lookup: Lookup) -> Iterator[str]:
-    """Yield the first caption of the nearest other media of the benchmark, which needs no training data."""
-    groups: list[tuple[Media, ...]] = [item.media for item in items]
-    vectors = lookup(groups)  # [N, E], unit norm
-    for part in vectors.split(_CHUNK):
-        # Rounded, so that equal media stay equal in whatever order the products are summed.
-        near = (part @ vectors.T).round(decimals=6)
-        # Media with the same embedding are the item itself, or a copy of it.
-        near[near >= 1] = -2
-        yield from (items[n].references[0] for n in near.argmax(dim=1).tolist())
+def nearest_captions(items: Sequence[Item], lookup: Lookup) -> list[str]:
+    """Return the first caption of the nearest other media in the language of each item, which needs no training."""
+    found: dict[int, str] = {}
+    for language in dict.fromkeys(item.row.language for item in items):
+        own = [n for n, item in enumerate(items) if item.row.language == language]
+        groups: list[tuple[Media, ...]] = [items[n].media for n in own]
+        vectors = lookup(groups)  # [N, E], unit norm
+        for start in range(0, len(own), _CHUNK):
+            # Rounded, so that equal media stay equal in whatever order the products are summed.
+            near = (vectors[start : start + _CHUNK] @ vectors.T).round(decimals=6)
+            # Media with the same embedding are the item itself, or a copy of it.
+            near[near >= 1] = -2
+            best = [items[own[n]].references[0] for n in near.argmax(dim=1).tolist()]
+            found.update(zip(own[start:], best, strict=False))
+    return [found[n] for n in range(len(items))]
 
 
 def caption_note(tokenizer: str, spice: str | None) -> str:
     """Return what the reader of the scores must know about a tokenizer of captions, and about SPICE."""
     if tokenizer == "python":
         return (
-            "words by Unicode NFKC, lower case, without punctuation; published scores use the PTB tokenizer and differ "
-            "a little (--tokenizer ptb). METEOR and SPICE are not measured"
+            "words by Unicode NFKC, lower case, without punctuation, single characters in scripts without spaces; "
+            "published scores use the PTB tokenizer and differ a little (--tokenizer ptb). METEOR and SPICE are not "
+            "measured"
         )
     told = f"SPICE by {_CORENLP}" if spice else "SPICE is not measured (--spice)"
     return f"words by the PTB tokenizer of published scores. {told}"
@@ -107,6 +114,20 @@ def check_java(spice: str | None = None) -> None:
             raise InputError(f"{spice} has no {' and no '.join(missing)}; give the folder of {_CORENLP}")
         # Now, not after hours of answers.
         spice_scores([(["a", "dog"], [["a", "dog"]])], Path(spice))
+
+
+def check_english(items: Sequence[Item]) -> None:
+    """Raise if captions cannot be scored as published, because their rows name another language than English.
+
+    Raises:
+        InputError: names the languages.
+    """
+    others = {item.row.language for item in items if item.row.language.partition("-")[0] not in ("", "en")}
+    if others:
+        raise InputError(
+            f"tokenizer=ptb and METEOR are for English, and there are captions in {', '.join(sorted(others))}; use the "
+            "tokenizer python"
+        )
 
 
 def score_as_published(

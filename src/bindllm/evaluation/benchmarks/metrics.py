@@ -139,7 +139,9 @@ def _caption_sums(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def _captions(sums: Sums) -> Sums:
-    means = {name: ratio(sums[name], sums["count"]) for name in ("cider", "rouge_l")}
+    # Evaluations of an earlier version have no exact matches.
+    names = [name for name in ("cider", "rouge_l", "exact_match") if name in sums]
+    means = {name: ratio(sums[name], sums["count"]) for name in names}
     found = {**means, **{f"bleu{order}": corpus_bleu(sums, order) for order in ORDERS}}
     if "meteor0" in sums:
         found["meteor"] = meteor(sums)
@@ -178,7 +180,8 @@ def meteor(sums: Sums) -> np.ndarray:
 
 
 CAPTIONS = Metric("captions", "cider", _caption_sums, _captions)
-"""CIDEr-D (0..10), ROUGE-L, corpus BLEU, METEOR and SPICE (0..1), see `bindllm.evaluation.ngrams`; SPIDEr (0..5.5)."""
+"""CIDEr-D (0..10), ROUGE-L, captions of exactly the true words, corpus BLEU, METEOR and SPICE (0..1), see
+`bindllm.evaluation.ngrams`; SPIDEr (0..5.5)."""
 
 
 def _pair_sums(lines: Sequence[Line]) -> dict[str, float]:

@@ -45,6 +45,7 @@ from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_i
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
 from bindllm.evaluation.benchmarks.captions import (
     caption_note,
+    check_english,
     check_java,
     nearest_captions,
     score_as_published,
@@ -87,6 +88,7 @@ class Settings:
         unparsed: an answer that the parser cannot read is wrong, or a random option, as in the scripts of ScienceQA.
         seed: seed of random options.
         prompt: frame of a question, or the question about media with captions; None: that of the benchmark.
+        prompts: instead of it, one for each language.
         tokenizer: splits captions into words: ``python``, or ``ptb`` as in published scores, which also have METEOR.
         spice: folder with the jars of Stanford CoreNLP 3.6.0, with which captions have SPICE and SPIDEr too; needs ptb.
         choose: a multiple choice is answered by text, or by the option with the highest log-likelihood.
@@ -103,6 +105,7 @@ class Settings:
     unparsed: Literal["wrong", "random"] = "wrong"
     seed: int = 0
     prompt: str | None = None
+    prompts: dict[str, str] | None = None
     choose: Literal["text", "likelihood"] = "text"
     tokenizer: Literal["python", "ptb"] = "python"
     spice: str | None = None
@@ -116,7 +119,8 @@ class Settings:
     @property
     def reading(self) -> dict[str, Any]:
         """The keywords of `read_items`."""
-        return {"prompt": self.prompt or "", "limit": self.limit, "rationales": self.rationales}
+        own = {name: getattr(self, name) for name in ("prompts", "limit", "rationales")}
+        return {"prompt": self.prompt or "", **own}
 
     def of(self, benchmark: Benchmark) -> Settings:
         """Return the settings with the defaults of a benchmark.
@@ -142,6 +146,8 @@ class Settings:
             raise InputError(f"rationales need questions, and {benchmark.name} has {benchmark.format}s")
         if self.samples and self.choose == "likelihood":
             raise InputError("samples are texts: leave samples out, or choose by text")
+        if self.prompt is not None and self.prompts is not None:
+            raise InputError("give prompt or prompts, not both")
         if self.temperature is not None and not self.samples:
             raise InputError("temperature needs samples: greedy answers have none")
         for name in ("samples", "temperature"):
@@ -151,7 +157,7 @@ class Settings:
             self,
             temperature=(self.temperature or _TEMPERATURE) if self.samples else None,
             parser=benchmark.parser(self.parser)[0],
-            prompt=benchmark.prompt if self.prompt is None else self.prompt,
+            prompt=benchmark.prompt if self.prompt is None and self.prompts is None else self.prompt,
             max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
         )
 
@@ -275,8 +281,11 @@ class _Run:
         lookup = _lookup(self.model, embeddings)
         if self.model.cache:
             self.notes.append("measured without the visual cache of the model")
+        if self.settings.tokenizer == "ptb":
+            check_english(found.items)
         samples = self._samples(found)
         self.items: Sequence[Item] = found.items
+        self._note_long_answers()
         self._lines = {(line["variant"], line["id"]): line for line in self.known}
         self._score = self.benchmark.scorer(self.items)
         self._hashes = [
@@ -337,6 +346,17 @@ class _Run:
         if not found.items:
             raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
         return [made[item.id] for item in found.items]
+
+    def _note_long_answers(self) -> None:
+        """Note how many items have only true answers that are longer than an answer may be: these count as wrong."""
+        longest, tokenize = self.settings.max_new_tokens or 1, self.model.tokenizer
+        texts = [text for item in self.items for text in item.references]
+        lengths = iter(map(len, tokenize(texts, add_special_tokens=False).input_ids))
+        cut = sum(min(next(lengths) for _ in item.references) > longest for item in self.items)
+        if cut:
+            self.notes.append(
+                f"{cut:,} true answers are longer than max_new_tokens={longest}, so no answer can match them"
+            )
 
     def _variants(self, samples: Sequence[Sample]) -> dict[str, list[int]]:
         """Return the positions of each variant of the model."""
@@ -443,14 +463,16 @@ class _Run:
     def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:
         """Return name and answers of the control without a model; None: it is not defined."""
         if self.benchmark.format == "caption":
-            texts = list(nearest_captions(self.items, lookup)) if len(self.items) > 1 else None
+            texts = nearest_captions(self.items, lookup) if len(self.items) > 1 else None
             return texts and (NEAREST_CAPTION, texts)
-        counts = Counter(
-            answer_of(item.row.options, ord(item.letter) - ord("A")) if item.letter else text
-            for item in self.items
-            for text in dict.fromkeys(item.references)
-        )
-        return MAJORITY_ANSWER, [counts.most_common(1)[0][0]] * len(samples)
+        counts: dict[str, Counter[str]] = {}
+        for item in self.items:
+            own: Sequence[str] = [*dict.fromkeys(item.references)]
+            if item.letter:
+                own = [answer_of(item.row.options, ord(item.letter) - ord("A"))]
+            counts.setdefault(item.row.language, Counter()).update(own)
+        most = {language: own.most_common(1)[0][0] for language, own in counts.items()}
+        return MAJORITY_ANSWER, [most[item.row.language] for item in self.items]
 
 
 def _prompt_sha256(sample: Sample, model: BindLLM) -> Line:

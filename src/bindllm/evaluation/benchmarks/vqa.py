@@ -14,7 +14,7 @@ from bindllm.conversation.messages import FILE_MODALITIES
 from bindllm.data.answers import same_answer
 from bindllm.data.formats.columns import json_list
 from bindllm.data.report import Skipped
-from bindllm.data.source_config import split_named
+from bindllm.data.source_config import language_named, split_named
 from bindllm.data.tables import READERS, is_table, read_table
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import parsers
@@ -175,7 +175,8 @@ def read_music_avqa(folder: Path) -> Iterator[Entry]:
 def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")) -> Iterator[Entry]:
     """Read a table, or the table ``test.*`` or ``questions.*`` of a folder: its test rows if it has a column split.
 
-    Columns are those of data sources. ``id`` is the id, ``type`` and ``subset`` are groups.
+    Columns are those of data sources. ``id`` is the id; ``type``, ``subset``, ``language``, and subset and language
+    together are groups.
     """
     path = folder
     if not is_table(folder):
@@ -187,7 +188,11 @@ def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")
             continue
         num_rows += 1
         record = {key: _whole_path(path, value) if key in _FILES else value for key, value in row.items()}
-        groups = {label: str(row[label]) for label in ("type", "subset") if row.get(label)}
+        groups = {label: str(row[label]) for label in ("type", "subset", "language") if row.get(label)}
+        if "language" in groups:
+            groups["language"] = language_named(groups["language"])
+            if "subset" in groups:
+                groups["subset, language"] = f"{groups['subset']}, {groups['language']}"
         # The id 0 is one, too.
         own = row.get("id")
         yield Entry(name if own is None or own == "" else str(own), record, groups)
