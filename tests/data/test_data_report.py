@@ -1,11 +1,22 @@
 """What was read, in words that fit every format."""
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from bindllm.conversation import Conversation, Message
-from bindllm.data.report import MAX_EXAMPLES, MAX_REASONS, OTHER_REASON, DataReport, Skipped, SourceReport
-from bindllm.data.rows import Row
+from bindllm.data.report import (
+    MAX_EXAMPLES,
+    MAX_REASONS,
+    OTHER_REASON,
+    DataReport,
+    Skipped,
+    SourceReport,
+    count_languages,
+)
+from bindllm.data.rows import Row, tokenize
 from bindllm.media import Media
+from tiny import tiny_tokenizer
 
 A, B = Media.image("a.png"), Media.audio("b.wav")
 
@@ -46,6 +57,21 @@ def test_captions_are_counted_as_captions():
     report = SourceReport("hums", modality="audio")
     report.count([row([B, "?"]), row([B, "?"])])
     assert report.counted == "1 audio media, 2 captions"
+
+
+def test_answers_are_as_long_as_their_language_is_in_tokens():
+    def sample(answer, language):
+        conversation = Conversation((Message("user", "?"), Message("assistant", answer)))
+        return replace(tokenize(conversation, tiny_tokenizer(), 200), language=language)
+
+    samples = [sample("cat", "en"), sample("猫", "zh"), sample("熊猫", "zh"), sample("?", "")]
+    # Three bytes, and tokens, for each character, and the end token.
+    assert count_languages(samples) == {
+        "en": "1 rows, supervised tokens: 4.0 (longest 4), 0 truncated",
+        "zh": "2 rows, supervised tokens: 5.5 (longest 7), 0 truncated",
+        "no language": "1 rows, supervised tokens: 2.0 (longest 2), 0 truncated",
+    }
+    assert count_languages(samples[3:]) == {}
 
 
 def test_the_table_names_what_was_cut_and_skipped():

@@ -188,7 +188,7 @@ def test_captions_in_several_languages_have_groups_prompts_and_a_baseline_of_the
     assert (
         "2 true answers are longer than max_new_tokens=4, so no answer can match them" in done.facts["notes"]
     )
-    monkeypatch.setattr(run, "check_java", lambda: None)
+    monkeypatch.setattr(run, "check_java", lambda *_: None)
     with pytest.raises(InputError, match="captions in zh-Hans; use the tokenizer python"):
         measure("captions", root=tmp_path, prompts=prompts, tokenizer="ptb", output="ptb")
     with pytest.raises(InputError, match="give prompt or prompts, not both"):

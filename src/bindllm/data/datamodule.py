@@ -27,7 +27,7 @@ from bindllm.data.collate import Batch, Lookup, collate
 from bindllm.data.embeddings import MediaEmbeddings, RetrievedRecords, build_datastore
 from bindllm.data.episodes.draw import check_episodes, draw_episodes
 from bindllm.data.preview import preview_rows
-from bindllm.data.report import DataReport, Skipped, SourceReport
+from bindllm.data.report import DataReport, Skipped, SourceReport, count_languages
 from bindllm.data.rows import Row, Sample, make_sample
 from bindllm.data.source_config import SPLITS, SourceConfig
 from bindllm.data.sources import read_source
@@ -349,6 +349,7 @@ class BindData(LightningDataModule):
             split: len(samples[split]) for split in SPLITS if split != "train" or not self.streamed
         }
         self.report.truncated = sum(sample.truncated for sample in everything)
+        self.report.languages = count_languages(everything)
         self.report.text_only = sum(not sample.media for sample in everything)
         self.report.supervised_tokens = sum(sample.num_supervised for sample in samples["train"])
         # By content, because one image may have several paths.

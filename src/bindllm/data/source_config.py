@@ -226,7 +226,7 @@ class SourceConfig:
             encoder of the recipe serves. In a table, their column is then called like the modality.
         prompt: the question about each image (or other media) with captions. In vqa, ``{question}`` in the prompt is
             replaced by the question.
-        prompts: instead of it, a prompt for each language, such as ``{en: What is this?, es: ¿Qué es esto?}``. The
+        prompts: instead of it, a prompt for each language, such as ``{en: "What is this?", es: "¿Qué es esto?"}``. The
             column language of a row chooses its prompt; a row of another language is skipped and counted.
         weight: how often each row is drawn in an epoch: 2 is twice, 0.5 every second epoch.
         split: put the whole source into one split. Otherwise the column split of the table decides, and without it,

@@ -269,6 +269,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
         ("training tokens", f"{data['supervised_tokens']:,} in the answers, in one pass"),
         ("embeddings", f"{data['encoded']:,} made for this run, {data['reused']:,} from the store"),
     ]
+    counts += [*data.get("languages", {}).items()]
     # Faults of the data: a line for each that there is.
     notes = {
         "answers cut to the longest length": data["truncated"],

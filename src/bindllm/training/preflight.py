@@ -21,7 +21,7 @@ from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
 from bindllm.data.episodes.draw import PREVIEW, check_episodes, draw_episodes
 from bindllm.data.preview import legend
-from bindllm.data.report import Skipped, SourceReport
+from bindllm.data.report import Skipped, SourceReport, count_languages
 from bindllm.data.rows import Row, Sample, make_sample, spread
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
@@ -496,5 +496,5 @@ def _lengths(rows: Sequence[Row], skipped: Skipped, tokenizer: Any, max_length: 
     return (
         f"tokens per row: {median(lengths):.0f} (longest {max(lengths)}), supervised: {median(supervised):.0f} "
         f"(longest {max(supervised)}); of {len(samples) + refused.total:,} rows {cut} are truncated, {refused.total} "
-        "cannot be used"
+        "cannot be used" + "".join(f"\n  {name}: {words}" for name, words in count_languages(samples).items())
     )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bindllm.conversation.messages import RowError
 from bindllm.data.answers import option_letter
@@ -26,6 +26,9 @@ from bindllm.evaluation.benchmarks.metrics import Line, Metric
 from bindllm.evaluation.layouts.dataset import NO_FILE
 from bindllm.media import Media
 from bindllm.shots import Shot, add_shots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 """Prompt of the short answers of LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
@@ -188,6 +191,14 @@ class Items:
             if item.unit in units and item.id not in failed:
                 self.skipped.add("another question of its unit cannot be asked", item.id)
         self.items = [item for item in self.items if item.unit not in units]
+
+    def long_answers(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
+        """Return a note if items have only true answers of more than ``longest`` tokens: these count as wrong."""
+        texts = [text for item in self.items for text in item.references]
+        lengths = iter(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+        cut = sum(min(next(lengths) for _ in item.references) > longest for item in self.items)
+        note = f"{cut:,} true answers are longer than max_new_tokens={longest}, so no answer can match them"
+        return [note] if cut else []
 
 
 def read_items(

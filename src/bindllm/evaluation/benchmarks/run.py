@@ -285,7 +285,7 @@ class _Run:
             check_english(found.items)
         samples = self._samples(found)
         self.items: Sequence[Item] = found.items
-        self._note_long_answers()
+        self.notes += found.long_answers(self.model.tokenizer, self.settings.max_new_tokens or 1)
         self._lines = {(line["variant"], line["id"]): line for line in self.known}
         self._score = self.benchmark.scorer(self.items)
         self._hashes = [
@@ -346,17 +346,6 @@ class _Run:
         if not found.items:
             raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
         return [made[item.id] for item in found.items]
-
-    def _note_long_answers(self) -> None:
-        """Note how many items have only true answers that are longer than an answer may be: these count as wrong."""
-        longest, tokenize = self.settings.max_new_tokens or 1, self.model.tokenizer
-        texts = [text for item in self.items for text in item.references]
-        lengths = iter(map(len, tokenize(texts, add_special_tokens=False).input_ids))
-        cut = sum(min(next(lengths) for _ in item.references) > longest for item in self.items)
-        if cut:
-            self.notes.append(
-                f"{cut:,} true answers are longer than max_new_tokens={longest}, so no answer can match them"
-            )
 
     def _variants(self, samples: Sequence[Sample]) -> dict[str, list[int]]:
         """Return the positions of each variant of the model."""
