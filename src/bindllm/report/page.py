@@ -26,7 +26,16 @@ from PIL import Image
 from bindllm.errors import BindLLMError, needs_extra
 from bindllm.evaluation.task import MODEL
 from bindllm.media import open_image
-from bindllm.report.summary import KEYS, METRICS, Variants, media_words, parts_of, summarize, variant_names
+from bindllm.report.summary import (
+    KEYS,
+    METRICS,
+    Variants,
+    answer_lines,
+    media_words,
+    parts_of,
+    summarize,
+    variant_names,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,7 +180,7 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
         # Without the subsets, which the table has.
         shown = min(_PANELS, len(variants["model"]["by_type"]))
         # Bars of shares fill the panel at 100 %, so that panels can be compared; bars of losses at the largest.
-        lines = _answer_lines(variants, list(names))
+        lines = answer_lines(variants, list(names))
         head = ["type of question" if task == "answers" else "shots", "questions", *names.values()]
         panels = [_panel(title, row, names, "accuracy", full=1) for title, _, row in lines[: shown + 1]]
         panels[0] |= {"title": METRICS["accuracy"].title, "note": "higher is better"}
@@ -197,27 +206,6 @@ def _task(task: str, variants: Variants, many: str) -> dict[str, Any]:
             cells = [METRICS[key].show(each.get(key)) for each in own.values()]
             rows.append((f"{METRICS[key].title}: {title}{count}", *cells))
     return {"panels": panels, "head": head, "rows": rows, "variants": variants}
-
-
-def _answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
-    """Return title, number of questions and share of right answers of each variant: of all, then of each type.
-
-    The same follows for each subset and language, if the questions have them.
-    """
-    lines = _type_lines({name: variants[name] for name in names})
-    for title, own in parts_of(variants, names):
-        lines += _type_lines(own, prefix=title)
-    return lines
-
-
-def _type_lines(variants: Variants, prefix: str = "") -> list[tuple[str, int, dict[str, float | None]]]:
-    # Types in the order of the data; a variant without a type shows a dash.
-    model, start = variants["model"], f"{prefix}: " if prefix else ""
-    lines = [(prefix or "all", model["count"], {name: each["accuracy"] for name, each in variants.items()})]
-    for kind, count in model["count_by_type"].items():
-        shares = {name: each["by_type"].get(kind) for name, each in variants.items()}
-        lines.append((f"{start}{kind}", count, shares))
-    return lines
 
 
 def _panel(

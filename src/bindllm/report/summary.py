@@ -95,6 +95,27 @@ def parts_of(
             yield from parts_of(own, names, labels[n:], f"{prefix}{part}, ")
 
 
+def answer_lines(variants: Variants, names: Sequence[str]) -> list[tuple[str, int, dict[str, float | None]]]:
+    """Return title, number of questions and share of right answers of each variant: of all, then of each type.
+
+    The same follows for each subset and language, if the questions have them.
+    """
+    lines = _type_lines({name: variants[name] for name in names})
+    for title, own in parts_of(variants, names):
+        lines += _type_lines(own, prefix=title)
+    return lines
+
+
+def _type_lines(variants: Variants, prefix: str = "") -> list[tuple[str, int, dict[str, float | None]]]:
+    # Types in the order of the data; a variant without a type shows a dash.
+    model, start = variants["model"], f"{prefix}: " if prefix else ""
+    lines = [(prefix or "all", model["count"], {name: each["accuracy"] for name, each in variants.items()})]
+    for kind, count in model["count_by_type"].items():
+        shares = {name: each["by_type"].get(kind) for name, each in variants.items()}
+        lines.append((f"{start}{kind}", count, shares))
+    return lines
+
+
 def media_words(modalities: Iterable[str]) -> tuple[str, str]:
     """Return how texts name the media of a run, in singular and plural.
 
