@@ -124,9 +124,10 @@ class FewShotData:
         been chosen, but are the question itself, and ``not_fitting`` those without room in the decoder.
         """
         samples = [question.sample for question in self.questions]
-        make: Callable[..., Task] = partial(captions_task, train_samples=self.train, lookup=self.embeddings)
+        known = {"train_samples": self.train, "tokenizer": model.tokenizer}
+        make: Callable[..., Task] = partial(captions_task, lookup=self.embeddings, **known)
         if samples[0].task == "answer":
-            make = partial(answers_task, train_samples=self.train, tokenizer=model.tokenizer)
+            make = partial(answers_task, **known)
         # The questions without shots set the room for an answer, so it is the same for every number of shots.
         room = make(samples).max_new_tokens
         limit = shots_limit({"max_new_tokens": room}, num_positions(model.decoder.config))
