@@ -30,7 +30,7 @@ def test_its_recipe_keys_are_read():
     parser.add_argument("--decoder", type=DecoderConfig | None)
     parser.add_argument("--adapter", type=AdapterConfig | None)
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     for block in blocks:
         model = yaml.safe_load(block)["model"]
         parser.parse_object({name: model[name] for name in ("decoder", "adapter") if name in model})

@@ -21,6 +21,7 @@ from bindllm.encoders import (
     Padded,
     PointBind,
     SentenceTransformers,
+    Tuned,
 )
 from bindllm.encoders.imagebind.clips import video_input
 from bindllm.encoders.imagebind.config import HUGE
@@ -160,7 +161,7 @@ def test_commands_are_those_of_the_program(project, monkeypatch, capsys):
 
 def test_the_tables_of_encoders_trunks_and_options_are_true():
     # Modalities and widths of the first three are those of a model or of another encoder.
-    of_models = (HuggingFace, SentenceTransformers, Padded)
+    of_models = (HuggingFace, SentenceTransformers, Padded, Tuned)
     classes = {kind.__name__: kind for kind in (ImageBind, PointBind, EfficientNetLite, *of_models)}
     for name, modalities, size, space, _ in rows("# Encoders"):
         kind = classes.pop(re.search(r"`(\w+)`", name)[1])
@@ -199,10 +200,10 @@ def test_the_ids_of_texts_are_true(tmp_path):
 def test_the_yaml_blocks_are_parts_of_a_recipe():
     parts = [yaml.safe_load(block) for block in blocks("yaml")]
     built = [build_own(encoder) for part in parts for encoder in part["model"]["encoders"]]
-    assert [type(encoder) for encoder in built] == [HuggingFace, SentenceTransformers, Padded, Padded]
+    assert [type(encoder) for encoder in built] == [HuggingFace, SentenceTransformers, Padded, Padded, Tuned]
     assert built[0].config["modalities"] == ["image"]
     # The parts of the two widths lie next to each other.
-    assert [(one.config["start"], one.embedding_size) for one in built[2:]] == [(0, 1664), (1280, 1664)]
+    assert [(one.config["start"], one.embedding_size) for one in built[2:4]] == [(0, 1664), (1280, 1664)]
     assert EfficientNetLite().embedding_size == built[3].config["start"]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bindllm import BindLLM
@@ -148,6 +149,36 @@ class TokenEncoder(ColorEncoder):
             return embeddings
         cells = torch.stack(list(inputs)).unflatten(1, (self.grid, self.grid, 3)) + 1e-3
         return Embedded(embeddings, list(cells @ self._token_projection))
+
+
+class BlockEncoder(ColorEncoder):
+    """Also runs residual blocks with random weights, which can be trained; frozen otherwise."""
+
+    def __init__(self, embedding_size: int = 16, grid: int = 4, num_blocks: int = 3) -> None:
+        super().__init__(embedding_size, grid)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(9)
+            parts = [nn.Sequential(nn.Linear(embedding_size, embedding_size)) for _ in range(num_blocks)]
+        self._blocks = nn.ModuleList(parts).requires_grad_(False)
+
+    @property
+    def config(self) -> dict:
+        return {**super().config, "num_blocks": len(self._blocks)}
+
+    def blocks(self, modality: str) -> list[nn.Module]:
+        return list(self._blocks)
+
+    def embed(self, modality: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+        x = super().embed(modality, inputs)
+        for block in self._blocks:
+            x = x + torch.tanh(block(x))
+        return torch.nn.functional.normalize(x, dim=-1)
+
+
+def tuned_encoder(kind: str = "tiny.BlockEncoder", **changes) -> dict:
+    """The entry of a tuned encoder in a recipe."""
+    arguments = {"encoder": {"class_path": kind}, "blocks": 2, "allow": [kind], **changes}
+    return {"class_path": "bindllm.encoders.Tuned", "init_args": arguments}
 
 
 IDS = torch.arange(3, 19).reshape(2, 8)

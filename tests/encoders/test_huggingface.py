@@ -42,7 +42,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from bindllm.encoders import HuggingFace
+from bindllm.encoders import HuggingFace, Tuned
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -236,6 +236,27 @@ def test_joint_models_of_pictures_and_texts_are_transformers_own(make, processor
     )
     found = embed(encoder, [Media.text(text) for text in TEXTS])
     torch.testing.assert_close(found, normalize(expected.pooler_output, dim=-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("make", [clip, siglip, clap, dinov2, bert, wav2vec2], ids=lambda make: make.__name__)
+def test_the_last_block_of_each_modality_can_be_trained(make, rank, tmp_path):
+    folder = str(make(tmp_path))
+    for modality in HuggingFace(folder).modalities:
+        entry = {"class_path": "bindllm.encoders.HuggingFace", "init_args": {"name": folder}}
+        encoder = Tuned(entry, blocks=1, rank=rank, modality=modality)
+        media = [media for media in samples(encoder) if media.modality == modality]
+        assert torch.equal(embed(encoder, media), embed(HuggingFace(folder), media))
+        for parameter in encoder.parameters().values():
+            parameter.requires_grad_(True)
+            # At the start the second matrix is zero, and then the first has no gradient.
+            parameter.data += 0.05
+        embed(encoder, media)[:, :3].sum().backward()
+        graded = [name for name, x in encoder.parameters().items() if x.grad.abs().max() > 1e-12]
+        # A softmax does not change with a bias of all keys.
+        assert {*encoder.parameters()} - {*graded} <= {name for name in encoder.parameters() if "k" in name}
+        every = encoder.base._model.named_parameters()
+        assert sum(x.grad is not None for _, x in every) == len(encoder.parameters())
 
 
 def test_a_long_text_keeps_its_end_token(tmp_path):

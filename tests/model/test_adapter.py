@@ -17,7 +17,7 @@ from bindllm.model.adapter import TARGETS, Adapter, AdapterConfig
 from bindllm.model.export import merge
 from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.injection.attend import RUNNING
-from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model
+from tiny import FAMILIES, IDS, save_tiny_decoder, tiny_batch, tiny_decoder, tiny_model, tiny_tokenizer
 
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4, "qk_nope_head_dim": 8}
 LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
@@ -375,6 +375,73 @@ def test_other_projections_are_tuned_and_merged(family, targets, names, dora):
     tensors = {name: parameter.detach() for name, parameter in adapter.parameters().items()}
     merge(plain, config, tensors, torch.float32, source="x")
     torch.testing.assert_close(plain(IDS).logits, tuned, atol=1e-3, rtol=1e-3)
+
+
+MIXTURES = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "gpt_oss": "num_local_experts"}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def mixture(family: str, **changes):
+    sizes = {MIXTURES[family]: 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **changes}
+    return tiny_decoder(family, **sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_are_one_tensor_are_tuned_by_name(family, dtype):
+    decoder = mixture(family).to(dtype)
+    base = decoder(IDS).logits
+    adapter = Adapter(decoder, AdapterConfig(rank=4, targets=["q_proj", *EXPERTS], layers=2))
+    assert torch.equal(decoder(IDS).logits, base)
+    # Two matrices of a projection and of two tensors of experts, in two of three layers.
+    assert sum("lora_" in name for name in adapter.parameters()) == 2 * 3 * 2
+    assert {parameter.dtype for parameter in adapter.parameters().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_tuned_experts_learn_and_are_merged(family):
+    decoder, config = mixture(family), AdapterConfig(rank=4, targets=[*EXPERTS, "o_proj"])
+    base, adapter = decoder(IDS).logits, Adapter(decoder, config)
+    for parameter in adapter.parameters().values():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+        parameter.requires_grad_(True)
+    tuned = decoder(IDS).logits
+    tuned[..., :9].sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters().values())
+    assert not torch.allclose(tuned, base, atol=1e-2)
+    plain = mixture(family)
+    tensors = {name: parameter.detach() for name, parameter in adapter.parameters().items()}
+    merge(plain, config, tensors, torch.float32, source="x")
+    torch.testing.assert_close(plain(IDS).logits, tuned, atol=1e-3, rtol=1e-3)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in mixture(family).named_parameters()]
+
+
+def test_experts_are_in_the_files_of_peft(tmp_path):
+    mixture("mixtral").save_pretrained(tmp_path / "decoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "decoder")
+    model = build(tmp_path / "decoder", targets=["q_proj", *EXPERTS])
+    model.save_pretrained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "model/adapter")
+    assert torch.equal(theirs(IDS).logits, model.decoder(IDS).logits)
+
+
+def test_experts_that_stay_frozen_are_reported(caplog):
+    Adapter(mixture("mixtral"), AdapterConfig(rank=4, targets="all-linear"))
+    (record,) = caplog.records
+    assert "not tuned" in record.getMessage()
+    assert "[k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj]" in record.getMessage()
+    with pytest.raises(
+        DecoderError, match=r"has no gate_proj, .* its experts experts\.down_proj, experts\.gate_up"
+    ):
+        Adapter(mixture("mixtral"), AdapterConfig(rank=4))
+
+
+@pytest.mark.parametrize("setting", [{"bias": True}, {"dora": True}, {"media_only": True}])
+def test_settings_that_exclude_experts_are_named(setting):
+    (name,) = setting
+    with pytest.raises(InputError, match=rf"adapter with {name} and targets experts\.down_proj: peft adds"):
+        AdapterConfig(targets=["q_proj", "experts.down_proj"], **setting)
 
 
 def test_a_decoder_without_the_targets_names_its_projections():

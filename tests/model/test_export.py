@@ -135,6 +135,13 @@ def test_biases_that_the_family_has_no_place_for_are_refused(tmp_path, family, l
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj", "down_proj"]])
+def test_biases_of_other_projections_are_refused_by_name(tmp_path, targets):
+    checkpoint(tmp_path, "phi3", adapter={"rank": 4, "bias": True, "targets": targets})
+    with pytest.raises(CheckpointError, match=r"plain phi3 model has none for .*qkv_proj.*, nor a setting"):
+        export_decoder(tmp_path / "checkpoint", tmp_path / "plain")
+
+
 def test_an_adapter_for_media_only_is_not_merged_into_all_text(tmp_path):
     checkpoint(tmp_path, adapter={"rank": 4, "media_only": True})
     with pytest.raises(

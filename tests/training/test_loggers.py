@@ -58,8 +58,14 @@ def test_captions_reach_loggers_that_take_texts(tmp_path):
     wandb = type("Wandb", (WandbLogger,), {"log_text": lambda self, **given: sent.append(given)})
     experiment = SimpleNamespace(log_text=lambda *given: sent.append(given))
     mlflow = type("MLFlow", (MLFlowLogger,), {"experiment": experiment, "run_id": "7"})
+    # As in swanlab 0.10.3: a list of texts for one key.
+    swanlab = type(
+        "SwanLabLogger",
+        (Recorder,),
+        {"log_text": lambda self, key, texts, step: sent.append((key, texts, step))},
+    )
     rows = [{"media": "a|b.png", "reference": "red", "model": "blue"}]
-    log_captions([board, made(wandb), made(mlflow), Recorder()], rows, step=3)
+    log_captions([board, made(wandb), made(mlflow), made(swanlab), Recorder()], rows, step=3)
     table = "| media | reference | model |\n| --- | --- | --- |\n| a/b.png | red | blue |"
     assert sent[0] == {
         "key": "captions",
@@ -68,5 +74,6 @@ def test_captions_reach_loggers_that_take_texts(tmp_path):
         "step": 3,
     }
     assert sent[1] == ("7", table, "captions/3.md")
+    assert sent[2] == ("captions", [table], 3)
     board.finalize("success")
     assert any(b"a/b.png" in file.read_bytes() for file in tmp_path.rglob("events*"))

@@ -109,12 +109,18 @@ def test_another_optimizer_by_its_import_path():
     assert {(part["lr"], part["momentum"]) for part in optimizer.param_groups} == {(0.1, 0.5)}
 
 
+def test_an_optimizer_without_weight_decay():
+    optimizer = build_optimizer(groups(), OptimConfig(weight_decay=0, optimizer="torch.optim.Rprop"))
+    assert type(optimizer) is torch.optim.Rprop
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"optimizer": "torch.optim.Nothing"}, "cannot be imported"),
         ({"optimizer": "torch.nn.Linear"}, "is not a class of torch.optim.Optimizer"),
         ({"optimizer": "torch.optim.SGD", "options": {"speed": 1}}, "refuses its arguments"),
+        ({"optimizer": "torch.optim.Rprop"}, r"Rprop has no weight_decay, and the recipe's is 0\.05"),
         ({"options": {"momentum": 0.5}}, "those of another optimizer"),
         (
             {"optimizer": "torch.optim.NAdam", "betas": (0.8, 0.9)},

@@ -90,13 +90,13 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     decoder: str | None = None,
 ) -> int:
-    """Merge the adapter of a checkpoint into its decoder, as a plain Hugging Face folder.
+    """Write the tuned decoder of a checkpoint as a plain Hugging Face folder, its adapter merged.
 
     The folder has no bind network and no injection: for media, load the
     checkpoint itself.
 
     Args:
-        checkpoint: folder that bindllm fit wrote, with an adapter
+        checkpoint: folder that bindllm fit wrote, with an adapter or a tuned decoder
         output: a folder that does not exist yet, or an earlier export
         dtype: type of the weights (default: that of the decoder's files)
         decoder: folder of the decoder, if it has moved since training

@@ -24,7 +24,13 @@ from bindllm.data.batches import (
     sorted_batches,
 )
 from bindllm.data.collate import Batch, Lookup, collate
-from bindllm.data.embeddings import MediaEmbeddings, RetrievedRecords, build_datastore
+from bindllm.data.embeddings import (
+    LiveEmbeddings,
+    MediaEmbeddings,
+    RetrievedRecords,
+    build_datastore,
+    check_store,
+)
 from bindllm.data.episodes.draw import check_episodes, draw_episodes
 from bindllm.data.preview import preview_rows
 from bindllm.data.report import DataReport, Skipped, SourceReport, count_languages
@@ -57,7 +63,8 @@ class BindData(LightningDataModule):
 
     Args:
         sources: of the rows.
-        store: folder of the embedding stores.
+        store: folder of the embedding stores; null: media are encoded again for every batch, which encoders of class
+            `bindllm.encoders.Tuned` need.
         batch_size: rows of a training batch, per device.
         max_length: maximum number of tokens of a row; a longer answer is cut.
         seed: of the order of rows.
@@ -74,13 +81,14 @@ class BindData(LightningDataModule):
         steps_per_batch: how many times in a row each training batch comes; set by an objective.
 
     Raises:
-        InputError: no sources, a size below 1, or streams for a model with context.
+        InputError: no sources, a size below 1, streams for a model with context, a store for tuned encoders, or
+            streams or context without a store.
     """
 
     def __init__(
         self,
         sources: list[SourceConfig],
-        store: str = "data/store",
+        store: str | None = "data/store",
         batch_size: int = 16,
         max_length: int = 128,
         seed: int = 0,
@@ -105,11 +113,18 @@ class BindData(LightningDataModule):
                 "model.context retrieves from all training rows, so they must be known before training: use a table on "
                 "disk instead of streamed shards, or remove model.context"
             )
+        check_store(store, encoders or ())
+        if store is None and (self.streamed or context is not None):
+            other = "streamed shards are" if self.streamed else "the records of model.context are"
+            raise InputError(
+                f"data.store is null, so media are encoded for every batch, and {other} encoded before training: use "
+                "frozen encoders and a store, or a table on disk without model.context"
+            )
         self.report = DataReport()
         self.steps_per_batch = 1
         # Each step is done once: rows, embeddings, samples. None: not yet.
         self._rows: dict[str, list[Row]] | None = None
-        self._embeddings: MediaEmbeddings | None = None
+        self._embeddings: MediaEmbeddings | LiveEmbeddings | None = None
         self._samples: dict[str, list[Sample]] | None = None
         self._streaming: StreamLoader | None = None
 
@@ -165,7 +180,12 @@ class BindData(LightningDataModule):
         self.read()
         if self._embeddings is not None:
             return
-        embeddings = MediaEmbeddings(self.encoders, self.store, token_modalities=self.token_modalities)
+        tokens = {"token_modalities": self.token_modalities}
+        embeddings = (
+            LiveEmbeddings(self.encoders, **tokens)
+            if self.store is None
+            else MediaEmbeddings(self.encoders, self.store, **tokens)
+        )
         # All splits at once, so that an encoder is moved to its device once.
         media = (item for rows in self._rows.values() for row in rows for item in row.media)
         totals = embeddings.precompute(media, context)

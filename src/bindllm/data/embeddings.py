@@ -1,8 +1,11 @@
-"""The embeddings of a data set: filled once into the stores of its encoders, looked up for every batch."""
+"""The embeddings of a data set: computed once into the stores of its encoders, or again for every batch."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +16,30 @@ from torch import Tensor
 from bindllm.data.collate import MediaGroup
 from bindllm.data.rows import Row
 from bindllm.embeddings.datastore import Datastore, Record
+from bindllm.embeddings.embedder import RecentEmbeddings, embed_groups
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
 from bindllm.encoders import Encoder, encoder_for
 from bindllm.encoders.fusion import common_size, fuse_groups
 from bindllm.encoders.tokens import group_tokens, token_size
-from bindllm.errors import InputError
+from bindllm.encoders.trainable import tuned_encoders
+from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 from bindllm.model.context.records import RecordReader
-from bindllm.parallel import RunContext
+from bindllm.parallel import RunContext, prefetch
+
+PREPARED_AT_ONCE = 64
+"""Media that `LiveEmbeddings.precompute` has in work at the same time."""
+
+
+def check_store(store: str | None, encoders: Sequence[Encoder]) -> None:
+    """Raise an `InputError` if embeddings of an encoder would be stored that training changes."""
+    if store is not None and (tuned := tuned_encoders(encoders)):
+        number, encoder = next(iter(tuned.items()))
+        raise InputError(
+            f"data.store is {store}, and encoder {number + 1} ({type(encoder.base).__name__}) is tuned, so its stored "
+            "embeddings would be those of other weights: set data.store: null"
+        )
 
 
 @dataclass
@@ -177,6 +195,82 @@ class MediaEmbeddings:
         if number not in self._stores:
             self._stores[number] = EmbeddingStore.for_encoder(self._folder, self._encoders[number])
         return self._stores[number]
+
+
+class LiveEmbeddings:
+    """A lookup without stores: media are prepared and encoded each time, with a gradient for encoders in training.
+
+    It takes the place of `MediaEmbeddings`, and has the same members.
+
+    Args:
+        encoders: all of one embedding size; the first that serves a modality embeds it.
+        token_modalities: modalities whose tokens are looked up too.
+
+    Raises:
+        InputError: as for `MediaEmbeddings`.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], *, token_modalities: Collection[str] = ()) -> None:
+        self.embedding_size = common_size(encoders)
+        self._encoders, self._token_modalities = tuple(encoders), frozenset(token_modalities)
+        self._width = token_size(encoders, token_modalities) if token_modalities else 0
+        self._device: torch.device | str = "cpu"
+        # Tokens come with the embeddings, and are asked for right after them.
+        self._last: tuple[list[MediaGroup], Tensor | None] | None = None
+
+    def precompute(self, media: Iterable[Media], context: RunContext = RunContext()) -> PrecomputeTotals:  # noqa: B008
+        """Prepare all media once, to find those that cannot be read; nothing is kept.
+
+        Args:
+            media: of modalities that the encoders serve.
+            context: the device on which the encoders run from now on.
+        """
+        self._device, started = context.device, time.perf_counter()
+        totals = PrecomputeTotals()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting = prefetch(pool, self._problem, dict.fromkeys(media), limit=lambda: PREPARED_AT_ONCE)
+            totals.failed = {item: problem for item, problem in waiting if problem}
+        totals.seconds = time.perf_counter() - started
+        return totals
+
+    def _problem(self, media: Media) -> tuple[Media, str]:
+        """Return why a media cannot be prepared, "" if it can."""
+        try:
+            encoder_for(media.modality, self._encoders).prepare(media)
+        except MediaError as error:
+            return media, str(error)
+        return media, ""
+
+    def key(self, media: Media) -> str:
+        """Return the content hash of a media."""
+        return media.content_hash()
+
+    def lookup(self, groups: Sequence[MediaGroup]) -> Tensor:
+        """Return the embedding of each media group: [N, E], unit norm, on the CPU.
+
+        Raises:
+            MediaError: a media cannot be read.
+        """
+        if not groups:
+            return torch.zeros(0, self.embedding_size)
+        options = {"device": self._device, "token_modalities": self._token_modalities, "trains": True}
+        # A media of several rows is encoded once.
+        found = embed_groups(groups, self._encoders, recent=RecentEmbeddings(), **options)
+        self._last = list(groups), found.tokens
+        return found.embeddings
+
+    __call__ = lookup
+
+    def tokens(self, groups: Sequence[MediaGroup]) -> Tensor | None:
+        """Return the tokens of each media group, [N, n, C], see `group_tokens`; None without ``token_modalities``."""
+        if not self._token_modalities:
+            return None
+        if not groups:
+            return group_tokens([], [], self._width)
+        if self._last is None or self._last[0] != list(groups):
+            self.lookup(groups)
+        (_, tokens), self._last = self._last, None
+        return tokens
 
 
 def build_datastore(rows: Iterable[Row], embeddings: MediaEmbeddings) -> Datastore:

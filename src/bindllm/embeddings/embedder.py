@@ -111,6 +111,7 @@ class Embedder:
         reported: types of errors that are returned as the result of one media. Others are raised with a note that
             names the media.
         token_modalities: modalities whose tokens are kept; their encoders have tokens (see `token_size`).
+        trains: whether embeddings have a gradient, if the caller computes gradients.
 
     Attributes:
         pool: the threads; the owner may use them for other work.
@@ -126,8 +127,10 @@ class Embedder:
         threads: int | None = None,
         reported: tuple[type[Exception], ...] = (MediaError,),
         token_modalities: Collection[str] = (),
+        trains: bool = False,
     ) -> None:
         self.encoders, self.device, self.batch_size = tuple(encoders), device, batch_size
+        self.trains = trains
         self.threads = max(1, (os.cpu_count() or 1) if threads is None else threads)
         self.reported, self.token_modalities = reported, frozenset(token_modalities)
         # One pool for all batches, and for other work of the owner, such as hashing.
@@ -252,7 +255,7 @@ class Embedder:
                 encoder = encoder_for(modality, self.encoders)
                 self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
             inputs = [item.inputs for item in batch]
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
                 if modality not in self.token_modalities:
                     embeddings = self._serving[modality].embed(modality, inputs).cpu()
                     return [(row, None) for row in embeddings]
@@ -340,6 +343,7 @@ def embed_groups(
     normalize: bool = True,
     token_modalities: Collection[str] = (),
     recent: RecentEmbeddings | None = None,
+    trains: bool = False,
 ) -> GroupEmbeddings:
     """Embed the media of each group and fuse them; batches are made by modality, across all groups.
 
@@ -350,6 +354,7 @@ def embed_groups(
         normalize: see `fuse`.
         token_modalities: modalities whose tokens are returned too; none by default.
         recent: embeddings of these encoders that are read instead of encoding a media again, and added to.
+        trains: as for `Embedder`.
 
     Returns:
         the embeddings of the groups, unit norm (if normalized), float32, on the CPU, and their tokens.
@@ -362,7 +367,8 @@ def embed_groups(
         raise InputError("a list of media to be fused is empty: leave it out, or put a Media into it")
     width = token_size(encoders, token_modalities) if token_modalities else 0
     # Any failure ends the call, because a group needs all of its media.
-    with Embedder(encoders, device=device, reported=(), token_modalities=token_modalities) as embedder:
+    options = {"token_modalities": token_modalities, "trains": trains}
+    with Embedder(encoders, device=device, reported=(), **options) as embedder:
         media = [item for group in groups for item in group]
         results = recent.embed_in_order(embedder, media) if recent else embedder.embed_in_order(media)
     # Also those of an embedding that an earlier request left: its media has another place in this one.

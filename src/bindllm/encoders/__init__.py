@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bindllm.encoders.padded import Padded
     from bindllm.encoders.pointbind import PointBind
     from bindllm.encoders.sentence_transformers import SentenceTransformers
+    from bindllm.encoders.trainable import Tuned
 
 __all__ = [
     "Aligned",
@@ -38,6 +39,7 @@ __all__ = [
     "EfficientNetLite",
     "Embedded",
     "Encoder",
+    "HasBlocks",
     "HasExamples",
     "HasSpace",
     "HasTokens",
@@ -46,6 +48,7 @@ __all__ = [
     "Padded",
     "PointBind",
     "SentenceTransformers",
+    "Tuned",
     "encoder_for",
     "fingerprint",
     "skipped_encoders",
@@ -61,6 +64,7 @@ _HOMES = {
     "PointBind": "bindllm.encoders.pointbind",
     "SentenceTransformers": "bindllm.encoders.sentence_transformers",
     "AudioTower": "bindllm.encoders.audio_tower",
+    "Tuned": "bindllm.encoders.trainable",
 }
 
 
@@ -69,9 +73,9 @@ class Encoder(Protocol):
     """A frozen model from media to unit embeddings; any class with these members is one.
 
     ``prepare`` processes a single media (open, resize, scale) and may run in several threads or
-    processes; ``embed`` runs the model on a batch. Encoders are never trained and never part of the model.
+    processes; ``embed`` runs the model on a batch. Only blocks of a `Tuned` encoder are ever trained.
 
-    Further members are optional: `HasSpace`, `HasExamples` and `HasTokens`.
+    Further members are optional: `HasSpace`, `HasExamples`, `HasTokens` and `HasBlocks`.
 
     The constructor is cheap, since a recipe is read without loading anything: weights load at the first `embed`.
     `Any` marks annotations that may differ between classes: jsonargparse compares all others word for word.
@@ -111,7 +115,7 @@ class Encoder(Protocol):
         ...
 
     def embed(self, modality: str, inputs: Any) -> torch.Tensor:
-        """Return [B, E], float32, unit norm, without gradient, from prepared media of one modality.
+        """Return [B, E], float32, unit norm, from prepared media of one modality; without gradient if frozen.
 
         Args:
             modality: one of ``modalities``.
@@ -152,6 +156,18 @@ class HasSpace(Protocol):
 
     space: str
     """The same word for encoders that were trained together, so that their embeddings of one thing are alike."""
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """An encoder whose blocks can be trained, by `Tuned`: its parameters are frozen by their ``requires_grad`` only."""
+
+    def blocks(self, modality: str) -> Sequence[Any]:
+        """Return the blocks of its network for a modality, each a ``torch.nn.Module``, in the order in which they run.
+
+        Loads the weights; the blocks are those that `embed` runs, also if submodules of them are replaced.
+        """
+        ...
 
 
 @runtime_checkable

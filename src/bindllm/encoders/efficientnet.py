@@ -55,7 +55,7 @@ def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]
     """Apply a function to each item, as many at the same time as torch has threads, each call on one thread.
 
     Args:
-        function: runs in threads of its own, so it sets ``no_grad`` itself where it needs it.
+        function: runs in threads of its own, with the gradient mode of the caller.
         items: such as the media of a batch.
 
     Examples:
@@ -66,7 +66,13 @@ def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]
     threads = torch.get_num_threads()
     if threads == 1:
         return [function(item) for item in items]
-    pool = ThreadPoolExecutor(threads, "single", initializer=torch.set_num_threads, initargs=(1,))
+    has_gradients = torch.is_grad_enabled()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(has_gradients)
+
+    pool = ThreadPoolExecutor(threads, "single", initializer=start)
     try:
         with pool:
             return list(pool.map(function, items))
@@ -176,11 +182,14 @@ class EfficientNetLite:
             Embedded(embeddings, [grid for part in parts for grid in part.tokens]) if tokens else embeddings
         )
 
+    def blocks(self, modality: str) -> list[nn.Module]:
+        """Return the 16 blocks of the network, in order."""
+        return list(self._network.blocks)
+
     @once
     def _network(self) -> _Network:
         return _load(self._file).to(self._device)
 
-    @torch.no_grad()
     def _features(self, inputs: Sequence[Tensor], *, tokens: bool) -> Embedded:
         images = torch.stack(list(inputs)).to(self._device)
         # Permuting [B, H, W, 3] to [B, 3, H, W] is free, and gives the channels-last order that is fastest.

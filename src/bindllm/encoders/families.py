@@ -94,6 +94,25 @@ class Family:
 
 _JOINT, _TOWER = Family((), features=_features), Family(())
 
+# Names of lists of blocks, and the beginning of the name of a joint model's tower.
+_LISTS = ("layers", "layer", "blocks", "stages", "h")
+_TOWERS = {"image": "vision", "video": "vision"}
+
+
+def find_blocks(model: nn.Module, modality: str, *, joint: bool) -> list[nn.Module]:
+    """Return the blocks that a modality passes through, in order; of a model in stages, such as Swin, the stages."""
+    lists = {
+        path: part
+        for path, part in model.named_modules()
+        if isinstance(part, nn.ModuleList)
+        and path.rpartition(".")[2] in _LISTS
+        and (not joint or path.startswith(_TOWERS.get(modality, modality)))
+    }
+    # A list inside of a block is not one of blocks.
+    outer = {path: part for path, part in lists.items() if not any(path.startswith(f"{o}.") for o in lists)}
+    return list(max(outer.values(), key=len, default=[]))
+
+
 FAMILIES: Mapping[str, Family] = {
     "aimv2": Family(("image", "text"), features=_causal_text),
     "pe_audio": Family(("audio", "text"), features=_heads_of_pe),

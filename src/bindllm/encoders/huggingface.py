@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bindllm.encoders import Embedded, fingerprint, once
+from bindllm.encoders.families import find_blocks
 from bindllm.encoders.hub import (
     ModelSpec,
     find_folder,
@@ -197,7 +198,6 @@ class HuggingFace:
     @overload
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
 
-    @torch.no_grad()
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared media: [B, E], float32, unit norm.
 
@@ -224,6 +224,10 @@ class HuggingFace:
             left = iter(waiting)
             grids = [torch.stack([next(left) for _ in range(count)]) for count in counts if tokens]
         return Embedded(rows, grids) if tokens else rows
+
+    def blocks(self, modality: str) -> list[nn.Module]:
+        """Return the blocks of the model for a modality, in order; of a model in stages, such as Swin, the stages."""
+        return find_blocks(self._model, self._served(modality), joint=self._spec.joint)
 
     @property
     def _name(self) -> str:

@@ -72,14 +72,14 @@ def reduce_tokens(tokens: Tensor) -> Tensor:
         tokens: [*grid, C], a grid of one to three axes.
 
     Returns:
-        [*smaller grid, C], float16, on the CPU.
+        [*smaller grid, C], float16, on the CPU; with a gradient, the same numbers in float32.
 
     Examples:
         >>> reduce_tokens(torch.randn(15, 16, 16, 8)).shape
         torch.Size([6, 6, 6, 8])
     """
     # Stores hold this form, and the encoder's fingerprint does not cover it: a change needs a new kind of shard.
-    tokens = tokens.detach().float()
+    tokens = tokens.float()
     grid = tokens.shape[:-1]
     if math.prod(grid) > MOST_TOKENS:
         # Short axes, such as a few clips, stay whole.
@@ -89,8 +89,10 @@ def reduce_tokens(tokens: Tensor) -> Tensor:
         channels_first = tokens.movedim(-1, 0).unsqueeze(0)
         pooled = _POOLS[len(grid)](channels_first, tuple(min(side, axis) for axis in grid))
         tokens = pooled[0].movedim(0, -1)
-    # In half precision a number of unit scale keeps three digits and cannot overflow.
-    return F.rms_norm(tokens, tokens.shape[-1:], eps=_EPSILON).half().cpu()
+    exact = F.rms_norm(tokens, tokens.shape[-1:], eps=_EPSILON)
+    # In half precision a number of unit scale keeps three digits and cannot overflow. A gradient would underflow.
+    rounded = exact.detach().half()
+    return (exact + (rounded.float() - exact.detach()) if exact.requires_grad else rounded).cpu()
 
 
 def add_positions(tokens: Tensor) -> Tensor:
@@ -140,8 +142,8 @@ def group_tokens(tokens: Sequence[Tensor | None], sizes: Sequence[int], width: i
         own = [add_positions(item) for item in (next(waiting) for _ in range(size)) if item is not None]
         groups.append(torch.cat(own) if own else torch.zeros(0, width))
     padded = torch.zeros(len(groups), max([1, *map(len, groups)]), width)
-    for row, own in zip(padded, groups, strict=True):
-        row[: len(own)] = own
+    for number, own in enumerate(groups):
+        padded[number, : len(own)] = own
     return padded
 
 

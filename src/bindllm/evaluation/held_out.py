@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
+
 from bindllm.data.collate import Lookup
 from bindllm.data.embeddings import RetrievedRecords
 from bindllm.data.rows import Sample
@@ -32,6 +34,7 @@ def held_out_rows(samples: Callable[[str], Sequence[Sample]]) -> dict[str, list[
     return {name: found for name, found in by_task.items() if found}
 
 
+@torch.no_grad()
 def evaluate_held_out(
     model: BindLLM,
     held_out: Mapping[str, Sequence[Sample]],

@@ -70,7 +70,8 @@ class AdapterConfig:
 
     targets: list[str] | str | None = None
     """Projections that are tuned, by name, such as `[qkv_proj, o_proj]`; `all-linear`: every linear projection of the
-    layers; by default the seven of LLaMA. Experts that are one tensor, as in most mixtures, are not projections."""
+    layers; by default the seven of LLaMA. Experts that are one tensor, as in most mixtures, are no linear projections:
+    they have two names, such as `experts.gate_up_proj`, and exclude `bias: true`, `dora` and `media_only`."""
 
     layers: int | list[int] | None = None
     """Layers that are tuned, as in `inject.layers`. By default all. The norm after the last layer belongs to each
@@ -105,6 +106,13 @@ class AdapterConfig:
             raise InputError(
                 "adapter with dora and media_only: DoRA changes the rows of a projection, for all tokens; set one "
                 "of them to false"
+            )
+        experts = [name for name in self.targets or () if "." in name] if self.targets != ALL_LINEAR else []
+        excluded = [name for name in ("bias", "dora", "media_only") if getattr(self, name)]
+        if experts and excluded:
+            raise InputError(
+                f"adapter with {', '.join(excluded)} and targets {', '.join(experts)}: peft adds to the tensor of all "
+                "experts, not to their output; set these to false, or leave the experts out"
             )
         if self.rslora and self.alpha is None:
             raise InputError(
@@ -141,7 +149,7 @@ class Adapter:
         quiet_bitsandbytes()
         with needs_extra("peft", extra="adapter", purpose="tune a decoder, or run a tuned one"):
             from peft import inject_adapter_in_model
-        targets = _check(decoder, config)
+        targets = choose_targets(decoder, config)
         self.config = config = _choose_bias(config, decoder, targets)
         self._peft_config = _peft_config(decoder, config, targets)
         self._decoder = decoder
@@ -257,8 +265,12 @@ def _choose_bias(config: AdapterConfig, decoder: PreTrainedModel, targets: Seque
     return replace(config, bias=not lacking if config.bias is None else config.bias)
 
 
-def _check(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Refuse decoders that cannot be tuned, before anything is changed; return the names of the projections to tune."""
+def choose_targets(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """Return the names of the projections, and of tensors of experts, that an adapter of a decoder tunes.
+
+    Raises:
+        DecoderError: the decoder lacks one, carries an injection or an adapter.
+    """
     name = type(decoder).__name__
     # A hook on the model is the injection; it would miss peft's new projections.
     if decoder._forward_pre_hooks:
@@ -268,13 +280,36 @@ def _check(decoder: PreTrainedModel, config: AdapterConfig) -> list[str]:
     # By the last part of the path, as peft matches its targets.
     parts = [part for _, layer in find_layers(decoder) for part in layer.named_modules()]
     found = sorted({path.rpartition(".")[2] for path, part in parts if isinstance(part, nn.Linear | Conv1D)})
+    experts = sorted({target for _, layer in find_layers(decoder) for target in _experts(layer).values()})
     targets = found if config.targets == ALL_LINEAR else config.targets or TARGETS
-    if missing := [target for target in targets if target not in found]:
+    if missing := [target for target in targets if target not in (*found, *experts)]:
+        also = f", its experts {', '.join(experts)}" if experts else ""
         raise DecoderError(
             f"{name} has no {', '.join(missing)}, so the adapter does not fit it. Its projections are "
-            f"{', '.join(found)}: set adapter.targets to some of them, or to {ALL_LINEAR}"
+            f"{', '.join(found)}{also}: set adapter.targets to some of them, or to {ALL_LINEAR}"
+        )
+    if experts and not isinstance(config.targets, list):
+        logging.getLogger("bindllm").warning(
+            "the experts of %s are one tensor each (%s) and are not tuned; to tune them, name them in adapter.targets "
+            "next to projections: [%s]",
+            name,
+            ", ".join(experts),
+            ", ".join([*targets, *experts]),
         )
     return list(targets)
+
+
+def _experts(layer: nn.Module) -> dict[str, str]:
+    """Return the paths of tensors that hold all experts of a layer, each with its name as a target."""
+    paths = {
+        f"{path}.{name}": f"{path.rpartition('.')[2]}.{name}"
+        for path, part in layer.named_modules()
+        if not isinstance(part, nn.Conv1d)
+        for name, parameter in part.named_parameters(recurse=False)
+        # Expert, output, input.
+        if parameter.ndim == 3
+    }
+    return paths
 
 
 def _peft_config(decoder: PreTrainedModel, config: AdapterConfig, names: Sequence[str]) -> Any:
@@ -290,12 +325,15 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig, names: Sequenc
         core -= {part for number, layer in every if number not in dict(tuned) for part in layer.modules()}
     inside = {path: module for path, module in decoder.named_modules() if module in core}
     targets = [path for path in inside if path.rpartition(".")[2] in names]
+    # Whole paths: a dense layer may have a projection of the same name.
+    experts = [path for path, name in _experts(decoder).items() if name in names]
+    experts = [path for path in experts if path.rpartition(".")[0] in inside]
     # Families name their norm modules differently; only the class names have a common ending.
     norms = [path for path, module in inside.items() if type(module).__name__.endswith("Norm")]
     ends = {path.rpartition(".")[2] for path in norms}
     is_transposed = any(isinstance(inside[path], Conv1D) for path in targets)
     if not any(path.endswith((*names, *ends)) for path, _ in decoder.named_modules() if path not in inside):
-        targets, norms = list(names), sorted(ends)
+        targets, norms = [name for name in names if "." not in name], sorted(ends)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -305,6 +343,7 @@ def _peft_config(decoder: PreTrainedModel, config: AdapterConfig, names: Sequenc
         use_dora=config.dora,
         use_rslora=config.rslora,
         target_modules=targets,
+        target_parameters=experts or None,
         # GPT-2 keeps its matrices the other way round.
         fan_in_fan_out=is_transposed,
         modules_to_save=norms if config.norm else None,

@@ -57,7 +57,7 @@ from bindllm.model.generation import (
 )
 from bindllm.model.generation.scores import log_probability, replace_unsure
 from bindllm.model.generation.shared import Prompts, generate_ids
-from bindllm.model.groups import parameter_groups, set_trainable
+from bindllm.model.groups import ENCODERS, parameter_groups, set_trainable
 from bindllm.model.injection import InjectConfig, Injection, check_kind
 from bindllm.model.injection.attend import checkpointed
 from bindllm.model.injection.probe import probe
@@ -118,15 +118,15 @@ class BindLLM(nn.Module):
             check_kind(self.inject_config, self.bind_config.tokens)
             size = token_size(self.encoders, self.bind_config.token_modalities)
         self.bind = BindNetwork(*sizes, self.bind_config, size).to(decoder.device)
-        self.context = None
-        if context is not None:
-            self.context = build_context(*sizes, context, self.inject_config.kind).to(decoder.device)
+        self.context = context and build_context(*sizes, context, self.inject_config.kind).to(decoder.device)
         # Before the injection: its term then passes through the adapter of the output projection.
         self.adapter = None if adapter is None else Adapter(decoder, adapter)
         # After the adapter, since hooks must see the final modules. Gates start at zero, so nothing changes yet.
         size = None if context is None else self.context.output_size
         self.injection = Injection(decoder, self.inject_config, context_width=size).to(decoder.device)
         self.decoder = decoder.eval()
+        # DDP adds up the gradients of parameters that it finds here.
+        self.tuned = nn.ParameterList(value for _, value in self.parameter_groups().get(ENCODERS, ()))
         if (head := decoder.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(choose_positions)
         # `check` probes a model without weights itself, since loading a checkpoint builds one too.

@@ -71,9 +71,10 @@ def describe(manifest: dict[str, Any], rows: list[dict[str, str]]) -> list[str]:
     """
     adapter = manifest.get("adapter")
     tuned = ", and an adapter that tunes that model" if adapter else ""
+    kind = "language model, which is tuned" if manifest["decoder"].get("tuned") else "frozen language model"
     return [
         "Trained parts of a [bindllm](https://arxiv.org/abs/2309.03905) model: a bind network and the gates that add",
-        f"its output to the tokens of a frozen language model{tuned}. The frozen parts are named here, not contained.",
+        f"its output to the tokens of a {kind}{tuned}. The frozen parts are named here, not contained.",
         "",
         "| part | is | license |",
         "|---|---|---|",
@@ -84,6 +85,7 @@ def describe(manifest: dict[str, Any], rows: list[dict[str, str]]) -> list[str]:
         f"Injection: kind `{manifest['inject']['kind']}`, queries {manifest['inject']['queries']}.",
         *_context_lines(manifest.get("context")),
         *_adapter_lines(adapter),
+        *_tuned_lines(manifest),
         *([f"Trained on the decoder in {kind}."] if (kind := manifest["decoder"].get("quantize")) else []),
         *(("", "## Origin", "", manifest["origin"]) if manifest.get("origin") else ()),
     ]
@@ -126,6 +128,28 @@ def _adapter_lines(adapter: dict[str, Any] | None) -> list[str]:
         f"Adapter, in `adapter/` as peft reads it: {kind} of rank {adapter['rank']} and scale {scale:g}, new biases "
         f"{adapter['bias']}, tuned norms {adapter['norm']}."
     ]
+
+
+def _tuned_lines(manifest: dict[str, Any]) -> list[str]:
+    """Return the sentences about a decoder or encoders that were trained, or nothing if they are frozen."""
+    lines = []
+    if manifest["decoder"].get("tuned"):
+        lines.append(
+            "The weights of the language model were trained (`decoder.safetensors`), so text alone no longer has the "
+            "output of the base model."
+        )
+    for entry in manifest["encoders"]:
+        if "base" not in entry:
+            continue
+        settings = entry["init_args"]
+        blocks = f"the last {count} blocks" if (count := settings["blocks"]) else "all blocks"
+        kind = f"LoRA of rank {rank} in" if (rank := settings["rank"]) else "the weights of"
+        modality = f" for {settings['modality']} media" if settings["modality"] else ""
+        lines.append(
+            f"Encoder `{settings['encoder']['class_path']}`: {kind} {blocks}{modality} were trained "
+            "(`encoders.safetensors`)."
+        )
+    return lines
 
 
 class Part(NamedTuple):

@@ -2,6 +2,7 @@
 
     bindllm.json        format version, every config, decoder and encoders with their fingerprints
     bind.safetensors    bind network, gates and queries; frozen weights are referenced, never copied
+    decoder.safetensors, encoders.safetensors   weights of a decoder, or of blocks of encoders, that are trained
     cache/              optional: a visual cache that travels with the checkpoint; stays when it is saved again
     datastore/          if the model reads retrieved records: those that it answers with
     adapter/            if the decoder is tuned: adapter_config.json and adapter_model.safetensors, peft's own files
@@ -40,6 +41,7 @@ from bindllm.atomic import (
 )
 from bindllm.embeddings.datastore import Datastore
 from bindllm.encoders import Encoder, members_of, shape_problems
+from bindllm.encoders.trainable import Tuned
 from bindllm.errors import CheckpointError, UsageError, did_you_mean, listed
 from bindllm.imports import build_named
 from bindllm.model.card import write_card
@@ -59,6 +61,9 @@ ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 _ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 ADAPTER_PREFIX = "adapter."
 """Prefix of an adapter's tensors, before the name that peft gives them."""
+
+# Groups of trained weights of the base, by the prefix of their tensors. Each has a file of its own.
+_TUNED = ("decoder", "encoders")
 
 # Endings of files that may hold pickles. A checkpoint never has them, so one means that the folder was tampered with.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
@@ -144,14 +149,15 @@ def write_checkpoint(
     folder = Path(folder)
     check_replaceable(folder, MANIFEST, CheckpointError, kind="a bindllm checkpoint")
     # The adapter goes into a folder of its own, which plain peft can load.
-    tuned = {name for name in tensors if name.startswith(ADAPTER_PREFIX)}
+    rest = dict(tensors)
+    tuned, *others = (_take(rest, group) for group in (ADAPTER, *_TUNED))
     assert bool(tuned) == (adapter_config is not None), "an adapter's tensors and its config go together"
     cache = {"cache": _keep_path(entry, folder)} if (entry := manifest.get("cache")) else {}
     with atomic_folder(folder) as part:
         if (folder / CACHE).is_dir():
             # Files of an index are replaced and never written again, so both folders may share them for a while.
             shutil.copytree(folder / CACHE, part / CACHE, copy_function=_link)
-        write_tensors(part / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in tuned})
+        write_tensors(part / WEIGHTS, rest)
         if datastore is not None:
             datastore.save(part / DATASTORE)
         elif manifest.get("context") and (folder / DATASTORE).is_dir():
@@ -160,16 +166,25 @@ def write_checkpoint(
         hashes = {"weights_sha256": file_sha256(part / WEIGHTS)}
         if adapter_config is not None:
             (part / ADAPTER).mkdir()
-            named = {name.removeprefix(ADAPTER_PREFIX): tensors[name] for name in tensors if name in tuned}
-            write_tensors(part / ADAPTER_WEIGHTS, named)
+            write_tensors(part / ADAPTER_WEIGHTS, tuned)
             write_json(part / _ADAPTER_CONFIG, adapter_config)
             hashes["adapter_sha256"] = file_sha256(part / ADAPTER_WEIGHTS)
+        for group, named in zip(_TUNED, others, strict=True):
+            if named:
+                write_tensors(part / f"{group}.safetensors", named)
+                hashes[f"{group}_sha256"] = file_sha256(part / f"{group}.safetensors")
         # Relative paths in the manifest start at this directory, so a project may be moved as a whole.
         root = os.path.relpath(Path.cwd(), folder.resolve())
         write_json(part / MANIFEST, {"format": FORMAT, **manifest, **cache, **hashes, "root": root})
         (part / "README.md").write_text(card, encoding="utf-8")
         for name, text in (files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+
+
+def _take(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Remove the tensors of a group, and return them without its prefix."""
+    names = [name for name in tensors if name.startswith(f"{group}.")]
+    return {name.removeprefix(f"{group}."): tensors.pop(name) for name in names}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -234,7 +249,17 @@ def read_weights(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Tens
     if "adapter_sha256" in manifest:
         tuned = read_tensors(Path(folder) / ADAPTER_WEIGHTS, manifest["adapter_sha256"], CheckpointError)
         tensors |= {ADAPTER_PREFIX + name: tensor for name, tensor in tuned.items()}
+    for group in _TUNED:
+        tensors |= {f"{group}.{name}": tensor for name, tensor in read_tuned(folder, manifest, group).items()}
     return tensors
+
+
+def read_tuned(folder: str | Path, manifest: dict[str, Any], group: str) -> dict[str, Tensor]:
+    """Read the trained weights of the decoder or the encoders, as `read_weights`, without prefix; {} if frozen."""
+    sha256 = manifest.get(f"{group}_sha256")
+    return (
+        {} if sha256 is None else read_tensors(Path(folder) / f"{group}.safetensors", sha256, CheckpointError)
+    )
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: str) -> None:
@@ -351,12 +376,16 @@ def fingerprint_checkpoint(manifest: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def describe_encoders(encoders: Sequence[Encoder]) -> list[dict[str, Any]]:
-    """Return the entries of encoders in a manifest, for `build_object`, with their fingerprints."""
+    """Return the entries of encoders in a manifest, for `build_object`, with their fingerprints.
+
+    An encoder that is trained with the model has the fingerprint of its frozen encoder too, as ``base``.
+    """
     return [
         {
             "class_path": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
             "init_args": encoder.config,
             "fingerprint": encoder.fingerprint(),
+            **({"base": encoder.base.fingerprint()} if isinstance(encoder, Tuned) else {}),
         }
         for encoder in encoders
     ]

@@ -116,6 +116,10 @@ class DecoderConfig:
     """Train with compiled norms and feed-forward parts (torch.compile): faster steps after a first one that takes half
     a minute. Needs a C++ compiler on CPUs. A loaded checkpoint is not compiled."""
 
+    tuned: bool = False
+    """Whether a checkpoint holds its weights: `decoder` is then a group of `model.trainable`, and `auto` is
+    `float32`."""
+
     def __post_init__(self) -> None:
         # How to read this: closed choices are checked here, since configs also come from files and Python.
         check_choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -140,6 +144,18 @@ class DecoderConfig:
                 )
         if self.quantize is not None:
             check_choice("quantization", self.quantize, QUANTIZATIONS)
+            if self.tuned:
+                raise InputError(
+                    f"decoder.quantize is {self.quantize} and decoder.tuned is true: weights in 4 or 8 bits cannot be "
+                    "trained, nor replaced by trained ones. Remove quantize, or use an adapter (docs/adapters.md)"
+                )
+
+    def torch_dtype(self, device: str | torch.device) -> torch.dtype:
+        """Return the precision of the decoder on a device."""
+        if self.dtype == "auto":
+            # The small steps of training would vanish in half precision.
+            return torch.float32 if self.tuned else choose_dtype(device)
+        return DTYPES[self.dtype]
 
     def folder(self) -> Path:
         """Return the local folder of the decoder; an id on the hub is downloaded.
@@ -284,7 +300,7 @@ def load_decoder(config: DecoderConfig, *, device: str | torch.device | None = N
     folder = config.folder()
     # How to read this: the precision is chosen for the device, weights load from safetensors without code of the
     # folder, and the result is frozen.
-    dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = config.torch_dtype(device)
     options: dict[str, Any] = {}
     if config.attention is not None:
         options["attn_implementation"] = config.attention

@@ -1,4 +1,4 @@
-"""Merging an adapter into its decoder: a plain Hugging Face folder, for programs without bindllm.
+"""A tuned decoder as a plain Hugging Face folder, for programs without bindllm: its adapter merged, or its weights.
 
 The effect of the adapter on text is folded into the weights (``W + scale * B A``, in float32, rounded once), so the
 logits of the folder are those of the checkpoint without media, to that rounding. Bind network and injection cannot be
@@ -16,13 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bindllm import __version__
 from bindllm.atomic import atomic_folder, check_replaceable, not_finite, write_json
 from bindllm.errors import CheckpointError, InputError, check_choice
-from bindllm.model.adapter import ALL_LINEAR, TARGETS, Adapter, AdapterConfig, enable_biases, lacking_biases
+from bindllm.model.adapter import (
+    TARGETS,
+    Adapter,
+    AdapterConfig,
+    choose_targets,
+    enable_biases,
+    lacking_biases,
+)
 from bindllm.model.card import license_of
-from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, read_manifest, read_weights
+from bindllm.model.checkpoint import ADAPTER_PREFIX, check_keys, read_manifest, read_tuned, read_weights
 from bindllm.model.decoder import (
     DTYPES,
     DecoderConfig,
@@ -32,6 +40,7 @@ from bindllm.model.decoder import (
     without_weights,
 )
 from bindllm.model.generation import answer_settings
+from bindllm.model.groups import DECODER
 from bindllm.model.pretrained import read_configs, read_decoder
 
 # An output folder with this file may be replaced, any other content may not.
@@ -64,18 +73,19 @@ class Export:
 def export_decoder(
     checkpoint: str | Path, output: str | Path, *, decoder: str | None = None, dtype: str | None = None
 ) -> Export:
-    """Write decoder and adapter of a checkpoint as one plain Hugging Face folder, in one step; no GPU is needed.
+    """Write the tuned decoder of a checkpoint as one plain Hugging Face folder, in one step; no GPU is needed.
 
     The adapter is merged into the decoder's own files, even if training held them in 4 or 8 bits.
 
     Args:
-        checkpoint: a checkpoint folder with an adapter; its encoders are not needed.
+        checkpoint: a checkpoint folder with an adapter, or a decoder that was tuned as a whole; its encoders are not
+            needed.
         output: the output folder. An earlier export there is replaced, any other non-empty folder is refused.
         decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: a name of `bindllm.model.decoder.DTYPES`; None: that of the decoder's files.
 
     Raises:
-        CheckpointError: the checkpoint has no adapter, has biases that this family of decoders cannot hold, names
+        CheckpointError: the checkpoint has no tuned decoder, has biases that this family of decoders cannot hold, names
             another decoder, is damaged, or has weights outside the range of the dtype.
         InputError: an unknown dtype, or an output folder that holds something else.
     """
@@ -88,17 +98,7 @@ def export_decoder(
     if output.resolve() in (Path.cwd(), Path(checkpoint).resolve(), config.folder().resolve()):
         raise InputError(f"{output} cannot be the output: name a folder that is not there yet")
     check_replaceable(output, RECORD, InputError, kind="an earlier export")
-    if adapter is None:
-        raise CheckpointError(
-            f"{checkpoint} has no adapter: its decoder is as it was, so {config.name} is the plain folder already. "
-            "What was trained, bind network and injection, cannot be part of one: "
-            f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
-        )
-    if adapter.media_only:
-        raise CheckpointError(
-            f"the adapter of {checkpoint} serves only tokens that listen to media (adapter.media_only), and a plain "
-            "folder would apply it to all: use the checkpoint as it is (BindLLM.from_pretrained)"
-        )
+    _check_tuned(checkpoint, config, adapter)
     plain = _plain_config(config, adapter, checkpoint)
     of_files, dtype = _choose_dtypes(dtype, plain)
     tokenizer = load_tokenizer(config)
@@ -106,8 +106,10 @@ def export_decoder(
     network = load_decoder(replace(config, dtype=of_files, quantize=None), device="cpu")
     # Bind network and injection stay behind; a plain folder has no input for media.
     tensors = {k: v for k, v in read_weights(checkpoint, manifest).items() if k.startswith(ADAPTER_PREFIX)}
+    if config.tuned:
+        _take_weights(network.float(), read_tuned(checkpoint, manifest, DECODER), source=str(checkpoint))
     num_merged, num_replaced = merge(network, adapter, tensors, DTYPES[dtype], source=str(checkpoint))
-    _take_config(network, has_biases=bool(adapter.bias))
+    _take_config(network, has_biases=adapter is not None and bool(adapter.bias))
     # The end of an answer is the template's, and recommendations for the plain decoder do not hold for a tuned one.
     network.generation_config = answer_settings(network, tokenizer)
     for part in (network.config, network.config.get_text_config()):
@@ -121,9 +123,18 @@ def export_decoder(
     return done
 
 
+def _take_weights(decoder: PreTrainedModel, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Replace the weights of a plain decoder by tuned ones."""
+    own = dict(decoder.named_parameters())
+    check_keys(own, tensors, source=source)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
 def merge(
     decoder: PreTrainedModel,
-    config: AdapterConfig,
+    config: AdapterConfig | None,
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     *,
@@ -133,7 +144,7 @@ def merge(
 
     Args:
         decoder: without adapter, injection or quantization; changed in place.
-        config: of the adapter.
+        config: of the adapter; None: the decoder has none, and only its dtype changes.
         tensors: the adapter's, by their names in a checkpoint.
         dtype: the precision that the decoder gets.
         source: where they are from, for the message.
@@ -145,7 +156,7 @@ def merge(
         CheckpointError: tensors that do not fit, or merged weights that are outside the range of the dtype.
     """
     # peft builds its layers around the plain ones, and its own merge computes W + scale * B A.
-    parameters = Adapter(decoder, config).parameters()
+    parameters = {} if config is None else Adapter(decoder, config).parameters()
     check_keys(parameters, dict(tensors), source=source)
     num_merged = num_replaced = 0
     with torch.no_grad():
@@ -155,8 +166,10 @@ def merge(
         for name, module in list(decoder.named_modules()):
             parts = dict(module.named_children())
             if "lora_A" in parts:
-                decoder.set_submodule(name, _merged(module).to(dtype))
                 num_merged += 1
+                # The wrappers of several tensors of one module are nested, and are merged with the outer one.
+                if not name.endswith(".base_layer"):
+                    decoder.set_submodule(name, _merged(module).to(dtype))
             elif "modules_to_save" in parts:
                 # peft keeps a tuned copy next to each norm; the copy replaces the original.
                 (norm,) = module.modules_to_save.values()
@@ -172,10 +185,12 @@ def merge(
     return num_merged, num_replaced
 
 
-def _merged(layer: nn.Module) -> nn.Linear:
-    """Return the projection with the adapter added, in float32, so that the sum is rounded only once."""
+def _merged(layer: nn.Module) -> nn.Module:
+    """Return the projection, or the experts, with the adapter added, in float32, so that the sum is rounded once."""
     # In float32: in bfloat16 each addition would round.
     linear = layer.get_base_layer().float()
+    if not isinstance(linear, nn.Linear | Conv1D):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     # A plain projection without bias gets one for peft to add the adapter's bias to.
     if linear.bias is None and any(layer.lora_bias.values()):
         linear.bias = nn.Parameter(torch.zeros(linear.out_features))
@@ -183,7 +198,24 @@ def _merged(layer: nn.Module) -> nn.Linear:
     return linear
 
 
-def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str | Path) -> PretrainedConfig:
+def _check_tuned(checkpoint: str | Path, config: DecoderConfig, adapter: AdapterConfig | None) -> None:
+    """Raise a `CheckpointError` if a checkpoint has no tuned decoder, or one whose adapter cannot be merged."""
+    if adapter is None and not config.tuned:
+        raise CheckpointError(
+            f"{checkpoint} has no adapter and no tuned decoder: its decoder is as it was, so {config.name} is the "
+            "plain folder already. What was trained, bind network and injection, cannot be part of one: "
+            f"BindLLM.from_pretrained({str(checkpoint)!r}) loads it"
+        )
+    if adapter is not None and adapter.media_only:
+        raise CheckpointError(
+            f"the adapter of {checkpoint} serves only tokens that listen to media (adapter.media_only), and a plain "
+            "folder would apply it to all: use the checkpoint as it is (BindLLM.from_pretrained)"
+        )
+
+
+def _plain_config(
+    config: DecoderConfig, adapter: AdapterConfig | None, checkpoint: str | Path
+) -> PretrainedConfig:
     """Return the config of the merged decoder, with biases switched on if the adapter has them.
 
     Raises:
@@ -196,12 +228,11 @@ def _plain_config(config: DecoderConfig, adapter: AdapterConfig, checkpoint: str
             f"the files of {config.name} are quantized themselves: nothing can be merged into them. Load the "
             "checkpoint as it is (BindLLM.from_pretrained)"
         )
-    if not adapter.bias:
+    if adapter is None or not adapter.bias:
         return plain
     enable_biases(plain)
-    if lacking := lacking_biases(
-        plain, TARGETS if adapter.targets in (None, ALL_LINEAR) else adapter.targets
-    ):
+    targets = choose_targets(without_weights(folder, plain), adapter)
+    if lacking := lacking_biases(plain, targets):
         raise CheckpointError(
             f"the adapter of {checkpoint} has biases for all projections, and a plain {plain.model_type} model has "
             f"none for {', '.join(lacking)}, nor a setting for them, so they cannot be merged. Load the "
@@ -231,7 +262,7 @@ def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> d
         "checkpoint": str(checkpoint),
         "decoder": manifest["decoder"],
         "adapter": manifest["adapter"],
-        "adapter_sha256": manifest.get("adapter_sha256"),
+        **{name: manifest.get(name) for name in ("adapter_sha256", "decoder_sha256")},
         "dtype": done.dtype,
         "skipped": ["bind network", "injection"],
     }
@@ -240,10 +271,12 @@ def _record(checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> d
 def _card(config: DecoderConfig, checkpoint: str | Path, manifest: dict[str, Any], done: Export) -> str:
     """Return the text of the folder's model card."""
     name = config.name.rstrip("/").rsplit("/", 1)[-1]
+    parts = ["the weights"] if config.tuned else []
+    if manifest.get("adapter"):
+        parts.append(f"the adapter ({done.num_merged} projections, {done.num_replaced} norms)")
     sentences = [
-        f"A plain Hugging Face folder: `{config.name}` (license: {license_of(config.name)}) with the adapter of the "
-        f"bindllm checkpoint `{Path(checkpoint).name}` merged into it: {done.num_merged} projections, "
-        f"{done.num_replaced} norms, {done.dtype}.",
+        f"A plain Hugging Face folder: `{config.name}` (license: {license_of(config.name)}) with {' and '.join(parts)} "
+        f"of the bindllm checkpoint `{Path(checkpoint).name}`, in {done.dtype}.",
     ]
     if done.quantized:
         sentences.append(f"Training held the decoder in {done.quantized}; this is the full one.")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bindllm.atomic import not_finite
 from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import choose_cache
 from bindllm.embeddings.datastore import READS_NO_RECORDS, open_datastore
 from bindllm.encoders.fusion import common_size
+from bindllm.encoders.trainable import Tuned
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path
 from bindllm.model.adapter import AdapterConfig
@@ -25,11 +27,13 @@ from bindllm.model.checkpoint import (
     build_object,
     home_of,
     read_manifest,
+    read_tuned,
     read_weights,
     resolve_cache,
 )
 from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
+from bindllm.model.groups import ENCODERS
 from bindllm.model.injection import InjectConfig
 
 if TYPE_CHECKING:
@@ -81,6 +85,11 @@ def load_model(
     model = kind.build(config, device=device, is_probed=True, **parts)
     # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
     model.load_trainable_state(found, source=str(folder))
+    if config.tuned and (wrong := not_finite(dict(model.decoder.named_parameters()))):
+        raise CheckpointError(
+            f"{folder} has decoder weights that are not finite in {config.dtype}: {wrong}. Give another dtype "
+            "(bfloat16 has the range of float32)"
+        )
     model.cache, model.bind.num_tokens, model.datastore = opened, tokens, store
     if records is not None:
         model.context.num_records = records
@@ -197,13 +206,20 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
     with _entries(folder):
         home = home_of(folder, manifest)
         entries = [
-            {**entry, "init_args": {name: resolve_path(x, home) for name, x in entry["init_args"].items()}}
-            for entry in manifest["encoders"]
+            {**entry, "init_args": _resolved(entry["init_args"], home)} for entry in manifest["encoders"]
         ]
     built = []
-    for entry, fingerprint in zip(entries, encoder_fingerprints(folder, manifest), strict=True):
+    tuned = read_tuned(folder, manifest, ENCODERS)
+    for number, (entry, fingerprint) in enumerate(
+        zip(entries, encoder_fingerprints(folder, manifest), strict=True)
+    ):
         try:
             encoder = build_object(entry, allow=allow)
+            if isinstance(encoder, Tuned):
+                # Before the fingerprint, which covers them.
+                prefix = f"{number}."
+                own = {name.removeprefix(prefix): x for name, x in tuned.items() if name.startswith(prefix)}
+                encoder.load(own, source=str(folder))
             found = encoder.fingerprint()
         # An error about an encoder should name the file in which it is listed.
         except EncoderError as error:
@@ -213,6 +229,14 @@ def read_encoders(folder: str | Path, manifest: dict[str, Any], *, allow: Sequen
         _check_fingerprint("encoder", entry["class_path"], found, fingerprint)
         built.append(encoder)
     return built
+
+
+def _resolved(arguments: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Return the arguments of an encoder, and of one that is within it, with their paths resolved from here."""
+    return {
+        name: _resolved(x, home) if isinstance(x, dict) else resolve_path(x, home)
+        for name, x in arguments.items()
+    }
 
 
 def encoder_fingerprints(folder: str | Path, manifest: dict[str, Any]) -> list[str]:

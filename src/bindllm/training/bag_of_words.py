@@ -82,9 +82,11 @@ class BagOfWords(nn.Module):
 
     def forward(self, groups: Sequence[MediaGroup]) -> Tensor:
         """Return the log-probability of each word for each of G media groups, [G, V]."""
-        tokens = tokens_of(self._lookup, groups)
+        # An encoder that is trained later gets no gradient here.
+        with torch.no_grad():
+            embeddings, tokens = self._lookup(groups), tokens_of(self._lookup, groups)
         tokens = None if tokens is None else tokens.to(self.table.device)
-        bind = self.network(self._lookup(groups).to(self.table.device), tokens)
+        bind = self.network(embeddings.to(self.table.device), tokens)
         # Normalized, so that only directions name words: the scale of a bind token has another meaning in the decoder.
         bind = bind if bind.dim() == 3 else bind.unsqueeze(1)
         absent = ~bind.any(-1, keepdim=True)  # [G, N, 1]

@@ -70,6 +70,9 @@ def _log_table(logger: Logger, table: str, columns: list[str], rows: list[list[s
             logger.log_text(key="captions", columns=columns, data=rows, step=step)
         case MLFlowLogger():
             logger.experiment.log_text(logger.run_id, table, f"captions/{step}.md")
+        # Of a package that may not be installed.
+        case _ if type(logger).__name__ == "SwanLabLogger":
+            logger.log_text("captions", [table], step)
 
 
 def _attempt(logger: Logger, work: Callable[[Logger], Any]) -> None:

@@ -21,12 +21,13 @@ from bindllm.data.collate import Batch
 from bindllm.data.rows import IGNORE, Row, make_sample, spread
 from bindllm.encoders import Encoder
 from bindllm.encoders.tokens import MOST_TOKENS, token_size
+from bindllm.encoders.trainable import Tuned, tuned_encoders
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.context import ContextConfig
-from bindllm.model.decoder import DTYPES, DecoderConfig, choose_dtype, default_device
+from bindllm.model.decoder import DecoderConfig, default_device
 from bindllm.model.injection import InjectConfig
 from bindllm.model.layers import find_layers
 from bindllm.model.memory import meta_decoder, quantized_layers, read_size, trace_step, weight_bytes
@@ -128,8 +129,8 @@ class RunPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the frozen decoder."""
-        return choose_dtype(self.device) if self.decoder.dtype == "auto" else DTYPES[self.decoder.dtype]
+        """Precision of the decoder."""
+        return self.decoder.torch_dtype(self.device)
 
     @cached_property
     def estimate(self) -> MemoryEstimate:
@@ -207,7 +208,8 @@ class RunPlan:
         # Adam keeps two running means of every gradient.
         moments, gradients = 2 * trained, trained // share if strategy == "zero2" else trained
         fixed = {name: sum(p.nbytes for _, p in group) for name, group in groups.items()}
-        fixed |= {"decoder": sum(frozen.values()), "framework": self.framework}
+        # Of a tuned decoder, only the buffers are frozen.
+        fixed |= {"decoder": fixed.get("decoder", 0) + sum(frozen.values()), "framework": self.framework}
         fixed["optimizer"] = moments // share if strategy in ("zero1", "zero2") else moments
         if strategy in ("ddp", "sharded"):
             # DDP copies gradients into buckets to send them: as large as the gradients.
@@ -258,6 +260,9 @@ class RunPlan:
             times = -(-self.rows // plan.rows)
             words = f"data.batch_size {plan.rows} and {times} times trainer.accumulate_grad_batches"
             yield words, plan.estimate.total
+        if plan.decoder.tuned:
+            # Neither rounded nor shared.
+            return
         if plan.dtype.itemsize > torch.bfloat16.itemsize and plan.estimate.total > available:
             plan = replace(plan, decoder=replace(plan.decoder, dtype="bfloat16"))
             yield "model.decoder.dtype bfloat16", plan.estimate.total
@@ -408,9 +413,9 @@ _KEYS = {
     "decoder": "model.decoder.dtype, model.decoder.quantize, or more devices with a sharded decoder",
     "bind": "model.bind.depth, model.bind.expansion",
     "adapter": "model.adapter.rank",
-    "optimizer": "model.bind, model.adapter.rank, or DeepSpeed stage 1",
-    "gradients": "model.bind, model.adapter.rank, or DeepSpeed stage 2",
-    "buckets of DDP": "model.bind, model.adapter.rank",
+    "optimizer": "model.trainable, model.bind, model.adapter.rank, or DeepSpeed stage 1",
+    "gradients": "model.trainable, model.bind, model.adapter.rank, or DeepSpeed stage 2",
+    "buckets of DDP": "model.trainable, model.bind, model.adapter.rank",
     "framework": "nothing: the libraries of every run",
 }
 
@@ -439,11 +444,10 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
         f"{estimate.moment}, with {plan.rows} rows of {plan.tokens} tokens ({rows}):",
         _table(estimate),
     ]
-    # Encoders are gone before training starts, so they are not part of the peak.
+    # Frozen encoders are gone before training starts, so they are not part of the peak.
+    when = "also in each step" if tuned_encoders(plan.encoders) else "before that, while media are embedded"
     if encoders := sum(_weights(encoder) for encoder in plan.encoders):
-        lines.append(
-            f"before that, while media are embedded: {_text(encoders)} of encoders, and their activations"
-        )
+        lines.append(f"{when}: {_text(encoders)} of encoders, and their activations")
     if plan.device == "cpu":
         lines.append("the process may show more than this: the C library keeps freed memory (docs/memory.md)")
     largest = next(iter(estimate.parts))
@@ -491,5 +495,6 @@ def _text(size: int) -> str:
 def _weights(encoder: Encoder) -> int:
     """Return the bytes of the weights of an encoder that are loaded by now."""
     # An encoder is any class: its weights are in the torch modules that it holds.
-    parts = [part for part in vars(encoder).values() if isinstance(part, nn.Module)]
+    owner = encoder.base if isinstance(encoder, Tuned) else encoder
+    parts = [part for part in vars(owner).values() if isinstance(part, nn.Module)]
     return sum(value.nbytes for part in parts for value in (*part.parameters(), *part.buffers()))

@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from bindllm.cache.blend import CacheConfig
 from bindllm.conversation import check_vocabulary
 from bindllm.data.collate import Batch
+from bindllm.data.datamodule import BindData
+from bindllm.encoders.trainable import tuned_encoders
 from bindllm.errors import InputError, TrainingError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -29,6 +31,7 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.context import ContextConfig
 from bindllm.model.context.draws import draw_records
 from bindllm.model.decoder import DecoderConfig, load_decoder, load_tokenizer
+from bindllm.model.groups import ENCODERS
 from bindllm.model.injection import InjectConfig
 from bindllm.model.layers import compile_layers
 from bindllm.objectives import NextToken, Objective
@@ -140,6 +143,25 @@ class BindModule(LightningModule):
             InputError: names the missing field.
         """
         self.objective.check(self.trainer.datamodule, stage)
+        if stage == "fit" and ENCODERS in self.trainable:
+            self._check_encoders(self.trainer.datamodule)
+
+    def _check_encoders(self, data: BindData) -> None:
+        """Refuse to train encoders with an objective that keeps values of their media, or without such media."""
+        for number, encoder in tuned_encoders(self.encoders).items():
+            if not self.objective.drops_tokens:
+                raise InputError(
+                    f"model.trainable names encoders, and {type(self.objective).__name__} compares with values of the "
+                    "media that were computed before: train the encoders in an earlier stage with NextToken"
+                )
+            rows = () if data.streamed else data.samples("train")
+            if not any(
+                media.modality == encoder.modality for row in rows for group in row.media for media in group
+            ):
+                raise InputError(
+                    f"encoder {number + 1} is trained on {encoder.modality} media, and no training row has any: "
+                    "remove encoders from model.trainable, or change its modality"
+                )
 
     def configure_model(self) -> None:
         """Load the decoder and build the model; Lightning calls this before fit, validate and test."""
@@ -149,6 +171,11 @@ class BindModule(LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         if strategy is not None:
             check_strategy(strategy)
+        if self.decoder_config.tuned and isinstance(strategy, ShardedDecoder):
+            raise InputError(
+                "model.decoder.tuned does not work with ShardedDecoder, which shards frozen weights only: use "
+                "trainer.strategy ddp, or deepspeed_stage_2, which shards the optimizer and the gradients"
+            )
         if self.context_config is not None and isinstance(strategy, ShardedDecoder):
             raise InputError(
                 "model.context reads the word embeddings of the decoder outside of its forward pass, which a sharded "
@@ -235,6 +262,9 @@ class BindModule(LightningModule):
         if self.model.context is not None and self.objective.drops_tokens:
             batch = draw_records(batch, self.model.context.config, self.tokenizer)
         loss, metrics = self.objective.loss(self.model, batch)
+        for parameter in self.model.tuned if ENCODERS in self.trainable else ():
+            # DDP waits for all gradients, also if no row of the batch has media.
+            loss = loss + 0 * parameter.sum()
         self.log_dict({"lr": self.lr_schedulers().get_last_lr()[0]})
         self.log_dict({f"train_{name}": value for name, value in metrics.items()})
         # The weighted loss is only for the gradient; the logged one is computed in `on_before_optimizer_step`.

@@ -83,6 +83,9 @@ class OptimConfig:
         ]
         if wrong:
             raise InputError(f"model.optim: {'; '.join(wrong)}")
+        if self.optimizer != ADAMW:
+            # A name or an argument that is wrong is found when the recipe is read.
+            _build_other([{"params": [nn.Parameter(torch.zeros(1))]}], self)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -100,7 +103,8 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
             cannot clip the gradients of a fused optimizer.
 
     Raises:
-        InputError: no parameter is trainable, or another optimizer does not exist or refuses its arguments.
+        InputError: no parameter is trainable, or another optimizer does not exist, refuses its arguments or has no
+            weight decay.
     """
     # Two groups, because weight decay pulls towards zero: right for matrices, wrong for gates, norms and biases.
     decayed, plain = [], []
@@ -132,9 +136,16 @@ def _build_other(parts: list[dict[str, Any]], config: OptimConfig) -> torch.opti
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise InputError(f"model.optim.optimizer {path} is not a class of torch.optim.Optimizer")
     try:
-        return kind(parts, lr=config.lr, **config.options)
+        made = kind(parts, lr=config.lr, **config.options)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.optim: {path} refuses its arguments ({error})") from error
+    # torch keeps unknown settings of a group without an error.
+    if config.weight_decay and "weight_decay" not in made.defaults:
+        raise InputError(
+            f"model.optim: {path} has no weight_decay, and the recipe's is {config.weight_decay:g}: set "
+            "model.optim.weight_decay: 0"
+        )
+    return made
 
 
 def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
@@ -255,7 +266,7 @@ def groups_table(groups: Groups, frozen: int) -> Table:
 
     Args:
         groups: the named groups.
-        frozen: number of parameters outside of all groups (those of the decoder).
+        frozen: number of parameters outside of all groups: those of the decoder, unless it is tuned.
     """
     table = Table("group", "tensors", "parameters", "with weight decay", "", box=box.SIMPLE)
     for column in table.columns[1:4]:
@@ -263,5 +274,6 @@ def groups_table(groups: Groups, frozen: int) -> Table:
     for row in describe_groups(groups):
         sizes = [f"{row[name]:,}" for name in ("tensors", "parameters", "decayed")]
         table.add_row(row["group"], *sizes, "trained" if row["trainable"] else "frozen")
-    table.add_row("decoder", "", f"{frozen:,}", "", "frozen")
+    if frozen:
+        table.add_row("decoder", "", f"{frozen:,}", "", "frozen")
     return table

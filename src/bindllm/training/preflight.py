@@ -19,6 +19,7 @@ from bindllm.cache.blend import CacheConfig, index_command
 from bindllm.cache.visual_cache import choose_cache, open_cache
 from bindllm.conversation import check_vocabulary
 from bindllm.data.datamodule import BindData
+from bindllm.data.embeddings import check_store
 from bindllm.data.episodes.draw import PREVIEW, check_episodes, draw_episodes
 from bindllm.data.preview import legend
 from bindllm.data.report import Skipped, SourceReport, count_languages
@@ -39,12 +40,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import DATASTORE, build_own, read_manifest, read_weights
 from bindllm.model.context import ContextConfig
-from bindllm.model.decoder import (
-    DecoderConfig,
-    check_weights,
-    fingerprint_decoder,
-    load_tokenizer,
-)
+from bindllm.model.decoder import DecoderConfig, check_weights, fingerprint_decoder, load_tokenizer
 from bindllm.model.injection import InjectConfig
 from bindllm.model.injection.probe import probe
 from bindllm.model.pretrained import encoder_fingerprints, read_cache_config, read_decoder, read_parts
@@ -248,10 +244,9 @@ def check_sources(
         if tokenizer is not None:
             with problems.noted():
                 lengths = _lengths(rows["train"], report.skipped, tokenizer, max_length)
-        for line in report.skipped.lines():
-            say(f"  skipped: {line}")
-        for line in report.remarks.lines():
-            say(f"  note: {line}")
+        for kind, found in (("skipped", report.skipped), ("note", report.remarks)):
+            for line in found.lines():
+                say(f"  {kind}: {line}")
         if report.warning:
             problems.append(f"{report.path}: {report.warning}")
         if lengths is not None:
@@ -311,8 +306,12 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
     return None
 
 
-def _check_store(store: str, checked: CheckedParts, problems: Problems) -> None:
+def _check_store(store: str | None, checked: CheckedParts, problems: Problems) -> None:
     """Note a store whose folder cannot be created, or whose embeddings are no longer those of their encoder."""
+    with problems.noted():
+        check_store(store, checked.encoders)
+    if store is None:
+        return
     # The nearest ancestor that exists decides: missing folders are created by the run.
     there = next(path for path in (Path(store), *Path(store).absolute().parents) if path.exists())
     if not there.is_dir():
@@ -350,14 +349,16 @@ def _check_model(checked: CheckedParts, trainable: list[str]) -> None:
         parts["adapter"] = model.adapter.config
 
 
-def _check_tokens(checked: CheckedParts, store: str, say: Callable[[str], Any]) -> None:
+def _check_tokens(checked: CheckedParts, store: str | None, say: Callable[[str], Any]) -> None:
     """Print how much of the disk the tokens of the media take, if the model has more than one bind token."""
     bind, encoders = checked.parts["bind"], checked.encoders
     if bind.tokens == 1:
         return
     token_size(encoders, bind.token_modalities)
     # Media that are streamed for training are not stored.
-    stored = [rows for rows_of, report in checked.read if not report.shards for rows in rows_of.values()]
+    stored = [
+        rows for parts, report in checked.read if store and not report.shards for rows in parts.values()
+    ]
     media = list(dict.fromkeys(item for rows in stored for row in rows for item in row.media))
     for modality in bind.token_modalities:
         own = [item for item in media if item.modality == modality]
@@ -396,10 +397,9 @@ def _check_encoder(
         untried = [name for name, some in samples.items() if len(some) < 2]
         for name in untried:
             say(f"{path} is not tried on {name}: no source has two different media of it")
+        chosen = [item for some in samples.values() for item in some]
         check_encoder(
-            encoder,
-            [item for some in samples.values() for item in some],
-            modalities=[name for name in encoder.modalities if name not in untried],
+            encoder, chosen, modalities=[name for name in encoder.modalities if name not in untried]
         )
         return encoder
     return None

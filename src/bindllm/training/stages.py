@@ -15,12 +15,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bindllm.encoders.trainable import Tuned
 from bindllm.errors import CheckpointError, printable
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest, read_weights
 from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
+from bindllm.model.groups import DECODER, ENCODERS
 from bindllm.model.injection import InjectConfig
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
 
@@ -35,7 +37,7 @@ _NOT_COMPARED = ("fusion",)
 def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     """Load the trained tensors of a checkpoint folder.
 
-    A new adapter or context, which the folder does not have, keeps its initial weights.
+    A part that only the recipe trains (adapter, context, decoder, encoders) keeps its initial weights.
 
     Raises:
         CheckpointError: the folder was made for another base; lists the differences and a remedy.
@@ -57,10 +59,19 @@ def init_from_checkpoint(model: BindLLM, folder: str | Path) -> None:
     model.origin = manifest.get("origin", "")
     tensors = read_weights(folder, manifest)
     # A first stage has none: a new adapter or context keeps its initial values, with which it changes nothing.
-    for group in ("adapter", "context"):
-        if not manifest.get(group):
-            members = model.parameter_groups().get(group, ())
-            tensors |= {name: parameter.detach() for name, parameter in members}
+    held = {group for group in ("adapter", "context") if manifest.get(group)}
+    for group, members in model.parameter_groups().items():
+        # An encoder may be tuned from here on next to one that was tuned before.
+        if group == ENCODERS:
+            new = tuple(
+                f"{ENCODERS}.{number}."
+                for number, entry in enumerate(manifest["encoders"])
+                if "base" not in entry
+            )
+            members = [(name, parameter) for name, parameter in members if name.startswith(new)]
+        elif group in (*held, "bind", "inject") or (group == DECODER and manifest["decoder"].get("tuned")):
+            continue
+        tensors |= {name: parameter.detach() for name, parameter in members}
     model.load_trainable_state(tensors, source=str(folder))
 
 
@@ -89,8 +100,8 @@ def check_base(
         Sentences about differences that are allowed.
 
     Raises:
-        CheckpointError: decoder, encoders, bind network, injection, adapter or context differ, or the recipe lacks the
-            adapter or the context.
+        CheckpointError: decoder, encoders, bind network, injection, adapter or context differ, or the recipe lacks a
+            part that was trained.
     """
     manifest = read_manifest(folder)
     saved = read_configs(folder, manifest)
@@ -127,10 +138,13 @@ def _check_frozen(
 ) -> None:
     """Compare decoder and encoders by their fingerprints."""
     saved = manifest.get("decoder", {})
-    # By content: the same weights may lie in another folder.
+    there = encoder_fingerprints(folder, manifest)
+    # By content: the same weights may lie in another folder. Of a tuned encoder, only its frozen one can be the same.
+    bases = [entry.get("base", own) for entry, own in zip(manifest["encoders"], there, strict=True)]
+    here = [encoder.base if isinstance(encoder, Tuned) else encoder for encoder in encoders]
     compared = {
         "decoder": (saved.get("fingerprint"), fingerprint_decoder(decoder.folder())),
-        "encoders": (encoder_fingerprints(folder, manifest), [encoder.fingerprint() for encoder in encoders]),
+        "encoders": (bases, [encoder.fingerprint() for encoder in here]),
     }
     theirs = {
         "decoder": str(saved.get("name")),
@@ -142,6 +156,21 @@ def _check_frozen(
             raise CheckpointError(
                 f"the {what} of {folder} ({theirs[what]}) differ from those of this recipe, by their fingerprint: use "
                 f"{Path(folder) / 'recipe.yaml'}"
+            )
+    if saved.get("tuned") and not decoder.tuned:
+        raise CheckpointError(
+            f"{folder} was trained with a tuned decoder, and this recipe has the plain one: set model.decoder.tuned: "
+            "true. Whether it is trained further is up to model.trainable"
+        )
+    for entry, encoder in zip(manifest["encoders"], encoders, strict=True):
+        # The names of trained tensors count from the first trained block.
+        settings = {
+            name: value for name, value in entry["init_args"].items() if name not in ("encoder", "allow")
+        }
+        if "base" in entry and not (isinstance(encoder, Tuned) and encoder.settings == settings):
+            raise CheckpointError(
+                f"{folder} was trained with an encoder of class bindllm.encoders.Tuned with {_shown(settings)}: use "
+                "the same in model.encoders. Whether it is trained further is up to model.trainable"
             )
 
 

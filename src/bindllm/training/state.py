@@ -378,13 +378,13 @@ def _frozen_parts(module: LightningModule) -> dict[str, str | None]:
     described = module.model.describe()
     parts = {f"decoder {described['decoder']['name']}": described["decoder"]["fingerprint"]}
     for number, encoder in enumerate(described["encoders"]):
-        parts[f"encoder {number + 1}, {encoder['class_path']}"] = encoder["fingerprint"]
+        # The state holds the trained blocks of a tuned encoder.
+        parts[f"encoder {number + 1}, {encoder['class_path']}"] = encoder.get("base", encoder["fingerprint"])
     if module.init_from is not None:
         # A reference model is a copy of these weights.
         manifest = read_manifest(module.init_from)
-        parts[f"checkpoint {module.init_from}"] = (
-            f"{manifest.get('weights_sha256')} {manifest.get('adapter_sha256')}"
-        )
+        hashes = [manifest[name] for name in sorted(manifest) if name.endswith("_sha256")]
+        parts[f"checkpoint {module.init_from}"] = " ".join(hashes)
     return parts
 
 

@@ -100,6 +100,10 @@ def embed(args: list[str]) -> int:
     with quiet(), graceful_stop():
         cli = RecipeCLI("embed", args)
         data = cli.datamodule
+        if data.store is None:
+            raise InputError(
+                "data.store is null, so no embedding is kept: set data.store to a folder, or run bindllm fit"
+            )
         # Problems of the sources are reported once, before there are further processes to report them too.
         data.read()
         # The other processes run this command again, from its start.

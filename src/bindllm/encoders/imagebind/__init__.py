@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bindllm.encoders import Embedded, fingerprint, once
 from bindllm.encoders.imagebind.clips import audio_input, video_input
@@ -192,7 +192,6 @@ class ImageBind:
     @overload
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
 
-    @torch.no_grad()
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared media: [B, E], float32, norm 1 (see ``scale``), on the encoder's device.
 
@@ -229,6 +228,11 @@ class ImageBind:
         return Embedded(
             embeddings, [_join(modality, [next(waiting) for _ in range(count)]) for count in counts]
         )
+
+    def blocks(self, modality: str) -> list[nn.Module]:
+        """Return the blocks of the trunk of a modality, in order."""
+        self._require(modality)
+        return list(self._trunk(TRUNK_OF[modality]).blocks)
 
     def _require(self, modality: str) -> None:
         if modality not in self.modalities:

@@ -304,8 +304,8 @@ def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
     """
     # Rows with fewer groups keep zeros, which no token refers to.
     arranged = values.new_zeros(len(counts), max(1, *counts), *values.shape[1:])
-    for row, part in zip(arranged, values.split(list(counts)), strict=True):
-        row[: len(part)] = part
+    for row, part in enumerate(values.split(list(counts))):
+        arranged[row, : len(part)] = part
     return arranged
 
 
