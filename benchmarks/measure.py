@@ -115,7 +115,9 @@ def machine_kind() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        cpu = str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))
+        found = torch.cpu.get_capabilities()
+        # One name of a processor stands for models with and without matrix units.
+        cpu = f"{found.get('cpu_name', platform.machine())}{' amx' if found.get('amx_bf16') else ''}"
         name = f"{cpu} {torch.get_num_threads()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
