@@ -28,7 +28,7 @@ DATA = Path("data/languages")
 # How Unicode names the letters of each language.
 SCRIPTS = {"en": ("LATIN",), "es": ("LATIN",), "ja": ("HIRAGANA", "KATAKANA", "CJK"), "zh": ("CJK",)}
 IN_WORDS = {"es": "Spanish", "ja": "Japanese", "zh": "Chinese"}
-SHOTS, TOKENS, BATCH = 8, 24, 32
+SHOTS, TOKENS, BATCH = 8, 16, 32
 
 
 def read(path: Path) -> list[dict[str, Any]]:
