@@ -1,6 +1,6 @@
 """Questions per second of `bindllm.evaluation.evaluate`, against a bare loop of `generate` over the same batches.
 
-And the gain of computing the beginning of prompts once for all questions about an image.
+And the gain of computing the beginning of prompts once for all questions about an image, and of large batches.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from bindllm.data.collate import prompt_batch
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.rows import Sample, make_sample
 from bindllm.evaluation import evaluate
-from bindllm.evaluation.answering import count_shared, plan_batches
+from bindllm.evaluation.answering import count_shared, default_batch_size, plan_batches
 from bindllm.evaluation.benchmarks import BENCHMARKS
 from bindllm.evaluation.benchmarks.benchmark import read_items
 from bindllm.model.decoder import load_tokenizer
 from bindllm.model.generation import shared
 
-IMAGES, QUESTIONS = 12, 10
+IMAGES, QUESTIONS = 24, 10
 """Images, and questions about each, as many as in easy-VQA."""
-SETTINGS = {"batch_size": 32, "max_new_tokens": 8}
+BATCH_SIZE = 32
+LONGEST = 8
+"""Tokens of an answer."""
 SHORT = {"max_new_tokens": 2, "min_new_tokens": 2}
 """An answer of one word, and the end token."""
 
@@ -74,32 +76,37 @@ def metrics() -> list[Metric]:
 
         def ours() -> None:
             output, store = folder / f"out{next(numbers)}", folder / "store"
-            evaluate(model, "questions", root=folder, output=output, store=store, controls=False, **SETTINGS)
+            own = {"output": output, "store": store, "controls": False, "max_new_tokens": LONGEST}
+            evaluate(model, "questions", root=folder, **own)
 
         samples = samples_of(None)
-        plan, longest = plan_batches(samples, SETTINGS["batch_size"]), SETTINGS["max_new_tokens"]
-        ratio, a, b = paired(partial(generate, samples, plan, max_new_tokens=longest), ours, repeats=3)
+        plan = plan_batches(samples, default_batch_size(samples))
+        ratio, a, b = paired(partial(generate, samples, plan, max_new_tokens=LONGEST), ours, repeats=3)
         note = f"{len(items) / b:.1f} over {len(items) / a:.1f} questions per second; at least 0.95"
         found = [Metric("evaluate_over_generate", ratio, "ratio of seconds", None, note)]
         for kind, system in (("short", ""), ("system", None)):
-            found.append(shared_prefix(kind, samples_of(system), generate))
+            found += batches(kind, samples_of(system), generate)
     return found
 
 
-def shared_prefix(kind: str, samples: list[Sample], generate: Callable[..., None]) -> Metric:
-    """Measure batches by length that share nothing, over those of `plan_batches` that share their beginning."""
+def batches(kind: str, samples: list[Sample], generate: Callable[..., None]) -> list[Metric]:
+    """Measure batches of 32 prompts by length over those of `plan_batches`, as large and as large as by default."""
     lengths = [sample.prompt_length for sample in samples]
-    by_length = sorted_batches(lengths, batch_size=SETTINGS["batch_size"])
+    by_length, size = sorted_batches(lengths, batch_size=BATCH_SIZE), default_batch_size(samples)
+    common = count_shared([sample.input_ids[: sample.prompt_length] for sample in samples])
+    note = (
+        f"prompts of {sum(lengths) / len(lengths):.1f} tokens, {common} of them the same; {QUESTIONS} questions about "
+        f"an image, answers of one word"
+    )
 
     def apart() -> None:
         with patch.object(shared, "MIN_SAVED", sys.maxsize):
             generate(samples, by_length, **SHORT)
 
-    together = partial(generate, samples, plan_batches(samples, SETTINGS["batch_size"]), **SHORT)
-    ratio, a, b = paired(apart, together, repeats=3)
-    common = count_shared([sample.input_ids[: sample.prompt_length] for sample in samples])
-    note = (
-        f"prompts of {sum(lengths) / len(lengths):.1f} tokens, {common} of them the same; {QUESTIONS} questions about "
-        f"an image, answers of one word: {a:.1f} s over {b:.1f} s"
-    )
-    return Metric(f"evaluate_shared_prefix_{kind}", ratio, "times faster", None, note)
+    def metric(name: str, batch_size: int) -> Metric:
+        together = partial(generate, samples, plan_batches(samples, batch_size), **SHORT)
+        ratio, a, b = paired(apart, together, repeats=3)
+        told = f"{note}: {a:.1f} s by length, {BATCH_SIZE} at a time, over {b:.1f} s, {batch_size} at a time"
+        return Metric(f"{name}_{kind}", ratio, "times faster", None, told)
+
+    return [metric("evaluate_shared_prefix", BATCH_SIZE), metric("evaluate_batches", size)]

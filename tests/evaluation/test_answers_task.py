@@ -9,7 +9,7 @@ from bindllm.conversation import Conversation, Message
 from bindllm.data.rows import tokenize
 from bindllm.errors import InputError
 from bindllm.evaluation import task
-from bindllm.evaluation.answering import plan_batches
+from bindllm.evaluation.answering import default_batch_size, plan_batches
 from bindllm.evaluation.answers import answers_task, longest_answer, majority_answers
 from bindllm.evaluation.held_out import conversations_task, evaluate_held_out, held_out_rows
 from bindllm.evaluation.task import Task, without_media
@@ -103,6 +103,16 @@ def test_a_batch_has_equal_lengths_or_equal_media(start, end, plan):
     assert plan_batches(without_media(samples), 2) == [[0, 2], [1, 3]]
     assert plan_batches(samples[:1], 2) == [[0]]
     assert plan_batches([], 2) == []
+
+
+def test_short_prompts_share_a_batch_up_to_a_number_of_tokens():
+    (short,) = samples = [asked("is it red?", "no", 1)]
+    assert default_batch_size(samples) == 4096 // short.prompt_length > 32
+    samples.append(asked("is it red? " * 13, "no", 1))
+    assert samples[1].prompt_length * 32 > 4096
+    # Not fewer than 32, however long they are, and no more than 256.
+    assert default_batch_size(samples) == 32
+    assert default_batch_size([]) == 256
 
 
 def test_accuracy_by_type_and_of_the_baselines(model, scripted):

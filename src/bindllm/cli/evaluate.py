@@ -50,8 +50,8 @@ class BenchmarkOptions:
     """folder with the jars of Stanford CoreNLP 3.6.0: with --tokenizer ptb, captions have SPICE and SPIDEr too"""
     no_controls: bool = False
     """do not measure the controls: no media, shuffled media, and an answer without a model"""
-    batch_size: PositiveInt = 32
-    """answers generated at the same time"""
+    batch_size: PositiveInt | None = None
+    """answers generated at the same time (default: 32, or more if the prompts are short)"""
     max_new_tokens: PositiveInt | None = None
     """length of the longest answer (default: that of the benchmark)"""
     samples: PositiveInt | None = None

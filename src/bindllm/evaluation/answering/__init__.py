@@ -57,6 +57,8 @@ Answers = Iterator[tuple[list[int], list[str]]]
 Choices = Iterator[tuple[list[int], list[Choice]]]
 Answer = TypeVar("Answer", str, Choice)
 
+_BATCH_TOKENS = 4096
+"""Tokens of the prompts of a batch."""
 _CHUNK = 1024
 """Samples whose embeddings are read at a time, so that memory does not grow with their number."""
 
@@ -66,7 +68,7 @@ def answer_batches(
     items: Sequence[Sample],
     lookup: Lookup,
     *,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
@@ -77,13 +79,15 @@ def answer_batches(
         model: in eval mode.
         items: the questions.
         lookup: returns the embeddings of media groups.
-        batch_size: different inputs answered at the same time.
+        batch_size: different inputs answered at the same time; None: as many as `default_batch_size` says.
         max_new_tokens: longest answer.
         sampling: how answers are sampled; None: they are greedy.
         is_done: whether all items at these positions have an answer already; their batch is skipped.
     """
     pad_id = model.tokenizer.pad_token_id
-    for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
+    answers = 1 if sampling is None else sampling.count
+    size = batch_size or max(1, default_batch_size(items) // answers)
+    for rows, positions in _distinct_batches(items, lookup, size, is_done):
         # Padded on the left, so that generation starts at one position.
         batch = prompt_batch([items[n] for n in rows], lookup, pad_id=pad_id)
         options = {} if sampling is None else _sampling_options(sampling, rows)
@@ -110,7 +114,7 @@ def choice_batches(
     items: Sequence[Sample],
     lookup: Lookup,
     *,
-    batch_size: int,
+    batch_size: int | None,
     is_done: Callable[[Sequence[int]], bool] = lambda positions: False,
 ) -> Choices:
     """Yield positions and, for each multiple choice, the answer with the highest log-likelihood, batch by batch.
@@ -118,8 +122,8 @@ def choice_batches(
     The answers of the options differ only in their letter, "The answer is (B).", so they have the same length and need
     no normalization. The first of equally likely ones counts. Arguments as for `answer_batches`.
     """
-    pad_id = model.tokenizer.pad_token_id
-    for rows, positions in _distinct_batches(items, lookup, batch_size, is_done):
+    pad_id, size = model.tokenizer.pad_token_id, batch_size or default_batch_size(items)
+    for rows, positions in _distinct_batches(items, lookup, size, is_done):
         choices = []
         # One item at a time: its options are the rows of a batch.
         for item in (items[n] for n in rows):
@@ -180,6 +184,12 @@ def _distinct_batches(
         positions = [distinct[n] for n in rows]
         if not is_done([n for every in positions for n in every]):
             yield [every[0] for every in positions], positions
+
+
+def default_batch_size(samples: Sequence[Sample]) -> int:
+    """Return how many answers share a batch: 32, or more if prompts are short, since each step reads all weights."""
+    longest = max((sample.prompt_length for sample in samples), default=1)
+    return max(32, min(256, _BATCH_TOKENS // longest))
 
 
 def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:

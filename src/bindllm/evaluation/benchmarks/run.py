@@ -93,7 +93,7 @@ class Settings:
         spice: folder with the jars of Stanford CoreNLP 3.6.0, with which captions have SPICE and SPIDEr too; needs ptb.
         choose: a multiple choice is answered by text, or by the option with the highest log-likelihood.
         controls: measure the controls too.
-        batch_size: answers generated at the same time.
+        batch_size: answers generated at the same time; None: 32, or more if the prompts are short.
         max_new_tokens: longest answer; None: that of the benchmark.
         samples: sample so many answers, and keep the first with the most frequent parsed answer; None: greedy.
         temperature: temperature of the samples; None: 0.7.
@@ -110,7 +110,7 @@ class Settings:
     tokenizer: Literal["python", "ptb"] = "python"
     spice: str | None = None
     controls: bool = True
-    batch_size: int = 32
+    batch_size: int | None = None
     max_new_tokens: int | None = None
     samples: int | None = None
     temperature: float | None = None
