@@ -191,6 +191,15 @@ def test_a_repaired_file_is_tried_again(model, home):
     assert generate_table(model, given, "answers.jsonl", **SHORT).errors == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file():
+    full = Path("/dev/full")
+    with pytest.raises(
+        InputError, match="/dev/full cannot be written .No space left on device.* same command again"
+    ):
+        AnswerLog(full, full, full, ("table", "the table")).append([{"row": 0}])
+
+
 def test_several_processes_share_the_rows(model, home):
     given = [{"question": f"{n}?"} for n in range(20)]
     generate_table(model, given, "one.jsonl", batch_size=3, **SHORT)

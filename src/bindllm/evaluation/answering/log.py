@@ -98,9 +98,19 @@ class AnswerLog:
         return lines
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Add the lines of a batch."""
-        with self.own.open("ab") as stream:
-            stream.write(b"".join(map(_bytes, lines)))
+        """Add the lines of a batch.
+
+        Raises:
+            InputError: they cannot be written, such as to a full disk.
+        """
+        try:
+            with self.own.open("ab") as stream:
+                stream.write(b"".join(map(_bytes, lines)))
+        except OSError as error:
+            raise InputError(
+                f"{self.own} cannot be written ({error.strerror or error}). The answers so far are kept: free some "
+                "disk space and run the same command again"
+            ) from error
 
     def finish(self, facts: Mapping[str, Any], lines: Iterable[Line]) -> None:
         """Write all lines in their order, and the facts."""
