@@ -1,6 +1,7 @@
 """`bindllm solve`: the command from checkpoint to trace, its failures, and an MCP server of the SDK as tools."""
 
 import sys
+import threading
 
 import pytest
 
@@ -15,6 +16,7 @@ import io
 from PIL import Image as Pixels
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Image
+from mcp.types import EmbeddedResource, ResourceLink, TextResourceContents
 
 app = MCPServer("test")
 
@@ -27,6 +29,17 @@ def add(a: int, b: int) -> int:
 def broken() -> str:
     "Fail."
     raise ValueError("no data")
+
+@app.tool()
+def resource() -> EmbeddedResource:
+    "Give a text of a file."
+    content = TextResourceContents(uri="file:///a.txt", text="inside", mimeType="text/plain")
+    return EmbeddedResource(type="resource", resource=content)
+
+@app.tool()
+def link() -> ResourceLink:
+    "Give the address of a file."
+    return ResourceLink(type="resource_link", name="a", uri="file:///a.txt")
 
 @app.tool()
 def image() -> Image:
@@ -116,6 +129,8 @@ def test_the_tools_of_an_mcp_server(folder, scripted, capfd, tmp_path):
         ("broken", {}),
         ("image", {}),
         ("ask", {"media": "result4", "question": "?"}),
+        ("resource", {}),
+        ("link", {}),
     ]
     scripted(
         LOOK,
@@ -130,9 +145,29 @@ def test_the_tools_of_an_mcp_server(folder, scripted, capfd, tmp_path):
     assert "-> result3: error: " in printed
     assert "Error executing tool broken" in printed
     assert "-> result4: image <" in printed
-    assert "-> result7: 6 " in printed
+    assert "-> result9: 6 " in printed
     assert "-> result5: error" not in printed
-    assert "-> result6: error: 'b' is a required property" in printed
+    assert "-> result6: inside" in printed
+    assert "-> result7: error: the tool returned a resource_link, expected text, an image or audio" in printed
+    assert "-> result8: error: 'b' is a required property" in printed
+
+
+def test_work_that_still_runs_does_not_change_the_exit_code(folder, monkeypatch, capsys):
+    released = threading.Event()
+    left, leave = [], []
+    monkeypatch.setattr("bindllm.cli.solve.atexit.register", lambda *given: leave.append(given))
+    monkeypatch.setattr("bindllm.cli.solve.os._exit", left.append)
+
+    class Hanging(ScriptedBrain):
+        def reply(self, *_, **__):
+            released.wait(30)
+
+    monkeypatch.setattr("bindllm.reasoning.solver.LocalBrain", lambda model: Hanging([]))
+    assert main(line(folder, "--budget_seconds", "0.5")) == 1
+    ((end, code),) = leave
+    end(code)
+    released.set()
+    assert left == [1]
 
 
 def test_an_mcp_server_that_cannot_be_used():

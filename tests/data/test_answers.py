@@ -93,6 +93,8 @@ def test_multiple_choice_is_right_by_letter_in_any_form():
 def test_the_last_stated_answer_counts_also_without_options():
     assert stated_answer("A cat. The answer is one. No, the answer is: two.\nOr not.") == "two."
     assert [stated_answer(text) for text in ("two", "The answer is", "Answer: 2")] == [None, None, "2"]
+    assert stated_answer("The answer isn't clear.") is None
+    assert stated_answer("The answer is two. This answer isn't sure.") == "two. This answer isn't sure."
     assert is_right("a cat and a dog.\nThe answer is two.", ["two"])
     assert not is_right("two dogs.\nThe answer is three.", ["two"])
 

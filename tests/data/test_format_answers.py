@@ -248,7 +248,14 @@ def test_generated_rationales_are_matched_by_id(read, tmp_path):
         write({"answer": "One."}, wrong)
         with pytest.raises(InputError, match="several answers of the id"):
             rationale(0)
-    for text in ('{"id": "0", "answer": "two"}\n', '{"prompt_sha256": "0", "answer": "two"}\n', "[]\n", "?"):
+    for text in (
+        '{"id": "0", "answer": "two"}\n',
+        '{"prompt_sha256": "0", "answer": "two"}\n',
+        # Else all rows without an id would get this rationale.
+        '{"prompt_sha256": "0", "id": null, "answer": "two"}\n',
+        "[]\n",
+        "?",
+    ):
         file.write_text(text)
         os.utime(file, ns=(0, time.monotonic_ns()))
         with pytest.raises(InputError, match="cannot be read as rationales"):

@@ -15,7 +15,7 @@ from bindllm.errors import InputError, StoreError
 from bindllm.model.generation.calls import CallForm
 from bindllm.model.generation.constraint import Grammars
 from bindllm.reasoning.brain import OWN_FORM, LocalBrain, _Constrained, _signature
-from bindllm.reasoning.eyes import model_tools
+from bindllm.reasoning.eyes import model_tools, read_number
 from bindllm.reasoning.flat import FlatMasker, calls_pattern
 from bindllm.reasoning.measure import calculate
 from bindllm.reasoning.solver import Budget, Solver
@@ -262,6 +262,21 @@ def test_counting_takes_the_most_frequent_number(model, monkeypatch):
     monkeypatch.setattr(type(model), "generate", lambda *_, **__: ["many"] * 3)
     with pytest.raises(ValueError, match="no answer has a number"):
         count(IMAGE)
+
+
+def test_numbers_of_answers_are_read_whole():
+    answers = (
+        "thirty-two cats",
+        "twenty one",
+        "ninety",
+        "1,200",
+        "two hundred",
+        "3.5",
+        "The 3rd",
+        "no",
+        "\uff13",
+    )
+    assert [read_number(answer) for answer in answers] == [32, 21, 90, 1200, None, None, None, 0, 3]
 
 
 def test_a_reply_ends_with_the_second_of_two_equal_calls(brain, model, monkeypatch):

@@ -122,6 +122,9 @@ def test_unreadable_calls_are_repaired_once(bad, server):
 def test_unknown_usage_counts_as_the_most(server):
     found = solve(server, {"choices": message("3")["choices"]}, reply_tokens=100)
     assert (found.answer, found.tokens) == ("3", 100)
+    # A negative count would add to the budget.
+    found = solve(server, message("3") | {"usage": {"completion_tokens": -9}}, reply_tokens=100)
+    assert (found.answer, found.tokens) == ("3", 100)
 
 
 def drip(handler):

@@ -1,6 +1,7 @@
 """Declared tools, the handles and references that a planner may write, and the tools that measure media."""
 
 import wave
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -63,13 +64,80 @@ def nested(a: dict):
     """Do."""
 
 
+async def waits(a: int) -> int:
+    """Do."""
+    return a
+
+
+def starred(*a: int):
+    """Do."""
+
+
+def unnamed(a: int, /):
+    """Do."""
+
+
+def unknown(a: "Unknown"):  # noqa: F821
+    """Do."""
+
+
+def of_bytes(a: Literal[b"x"]):
+    """Do."""
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(bare, "no docstring"), (untyped, "has the type None"), (nested, "expected str, int")],
+    [
+        (bare, "no docstring"),
+        (untyped, "has the type None"),
+        (nested, "expected str, int"),
+        (waits, "is asynchronous"),
+        (starred, r"\*a: int of the tool starred cannot be given by its name"),
+        (unnamed, "a: int of the tool unnamed cannot be given by its name"),
+        (unknown, "'Unknown' is not defined"),
+        (of_bytes, "expected str, int"),
+        (partial(bare, 1), "expected a function"),
+        (int, "expected a function"),
+        (5, "expected a function"),
+        (lambda a: a, "no docstring"),
+    ],
 )
 def test_a_function_that_cannot_be_a_tool_is_refused(function, message):
     with pytest.raises(InputError, match=message):
         tool(function)
+
+
+def tight(a: int):
+    """Do it
+    at once.
+    Args:
+        a: first
+    """
+
+
+def sphinx(a: int):
+    """Do it
+    at once.
+    :param a: first
+    """
+
+
+def numpy_style(a: int):
+    """Do it
+    at once.
+
+    Parameters
+    ----------
+    a : int
+        first
+    """
+
+
+@pytest.mark.parametrize("function", [tight, sphinx, numpy_style])
+def test_a_description_ends_before_the_parameters(function):
+    declared = tool(function)
+    assert declared.description == "Do it at once."
+    assert declared.parameters["properties"]["a"]["description"] == "first"
 
 
 def test_names_and_schemas_are_checked():
@@ -112,12 +180,17 @@ def test_a_schema_that_refers_to_an_address_opens_nothing():
 
 
 def test_references_become_results_and_handles_become_media():
-    results = {1: IMAGE, 2: "dog", 3: 4}
+    results = {1: IMAGE, 2: "dog", 3: 4, 4: ["é", True]}
     assert [*references({"a": "result2", "b": ["{result1}?", "result of 3"]})] == [2, 1]
     found = find.resolve({"image": "result1", "thing": "a {result2}, {result3} times"}, HANDLES, results)
     assert found == {"image": IMAGE, "thing": "a dog, 4 times"}
     assert find.resolve({"image": "image2", "thing": "result3"}, HANDLES, results)["thing"] == "4"
     assert calculate.resolve({"operation": "add", "a": "result3", "b": 1}, {}, results)["a"] == 4
+    # As the planner reads them.
+    for thing in ("result4", "{result4}"):
+        assert find.resolve({"image": "image1", "thing": thing}, HANDLES, results)["thing"] == '["é", true]'
+    with pytest.raises(InputError, match="a text cannot hold image"):
+        find.resolve({"image": "image1", "thing": "a {result1}"}, HANDLES, results)
     wrong = {"image": {"image": "result2", "thing": ""}, "thing": {"image": "image1", "thing": "result1"}}
     for name, arguments in wrong.items():
         with pytest.raises(InputError, match=f"{name} is"):

@@ -91,6 +91,12 @@ UNUSABLE = [
     (Reply('```json\n[{"name": "count"}]\n```'), "the text of a call"),
     (Reply('Call: {"name": "count"'), "the text of a call"),
     (Reply('I look.\n<tool_call>{"name": "count"}</tool_call>'), "the text of a call"),
+    (Reply('count(image="image1", thing="cats")'), "the text of a call"),
+    (Reply("result1 = count(image1)"), "the text of a call"),
+    (Reply('[{"tool": "count"}]'), "the text of a call"),
+    (Reply("<function=count>{}</function>"), "the text of a call"),
+    (Reply("<|python_tag|>count.call()"), "the text of a call"),
+    (Reply("Action: count"), "the text of a call"),
     (Reply("", (("calculate", {"operation": "add", "a": 1}),)), "'b' is a required property"),
     (Reply("", (("shell", {"command": "ls"}),)), "unknown tool 'shell'"),
     (Reply("", (("count", {"image": "image7", "thing": "cats"}),)), "expected a handle of image"),
@@ -146,6 +152,19 @@ def test_a_call_that_looks_at_no_media_is_no_look():
     assert solve(add, Reply("Three."), Reply("Three."))[0].failure == "unusable"
     assert solve(add, Reply("", (LOOK,)), Reply("Three."))[0].answer == "Three."
 
+    # Of a part of an image the brain sees its name only, and a tool may be called without its media.
+    @tool
+    def note(text: str, image: Annotated[Media, "image"] | None = None) -> str:
+        """Note."""
+        return text
+
+    part = ("crop", {"image": "image1", "left": 0, "top": 0, "right": 50, "bottom": 50})
+    for call in (part, ("note", {"text": "a"})):
+        looked = ("count", {"image": "image1", "thing": "cats"})
+        tools = [*TOOLS, note]
+        assert solve(Reply("", (call,)), *[Reply("Three.")] * 2, tools=tools)[0].failure == "unusable"
+        assert solve(Reply("", (call, looked)), Reply("Three."), tools=tools)[0].answer == "Three."
+
 
 def test_a_plan_without_any_result_is_no_base_for_an_answer():
     @tool
@@ -174,6 +193,31 @@ def test_a_brain_that_raises_or_hangs_is_a_typed_failure():
     started = time.monotonic()
     found = Solver(Hanging([]), TOOLS, budget=Budget(seconds=0.2)).run("?")
     assert (found.failure, time.monotonic() - started < 10) == ("seconds", True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (lambda: None, "the brain returned NoneType, expected a Reply"),
+        (lambda: Reply(None), "expected text, a count and text"),
+        (lambda: Reply("", tokens=-1), "expected text, a count and text"),
+        (lambda: Reply("", ("count",)), "expected a name and a dictionary"),
+        (lambda: Reply("", (("count", None),)), "expected a name and a dictionary"),
+    ],
+)
+def test_a_brain_that_returns_no_reply_is_a_typed_failure(reply, message):
+    class Wrong(ScriptedBrain):
+        def reply(self, *_, **__):
+            return reply()
+
+    found = Solver(Wrong([]), TOOLS).run("?", MEDIA)
+    assert (found.failure, message in found.message) == ("brain", True)
+
+
+def test_no_half_of_a_surrogate_pair_reaches_the_brain():
+    calls = (("count", {"image": "image1", "thing": "\ud800"}), ("\ud800", {}))
+    _, brain = solve(Reply("\ud800", calls), Reply("Three."))
+    json.dumps(brain.asked[1][0], ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("kind", ["no result in", "longer than 20,000 characters", "OSError: no camera"])
@@ -212,8 +256,13 @@ def test_only_tools_that_fit_the_media_are_offered():
 
 
 def test_input_is_checked_once():
-    with pytest.raises(InputError, match="expected more than 0"):
-        Budget(rounds=0)
+    for wrong in ({"calls": 0}, {"seconds": float("inf")}, {"call_seconds": float("nan")}, {"seconds": "9"}):
+        with pytest.raises(InputError, match="expected more than 0 and at most"):
+            Budget(**wrong)
+    with pytest.raises(InputError, match=", a whole number"):
+        Budget(rounds=1.5)
+    with pytest.raises(InputError, match="media takes lists"):
+        Solver(ScriptedBrain([]), TOOLS).run("?", MEDIA[0])
     with pytest.raises(InputError, match="has no tools of its own"):
         Solver(ScriptedBrain([]))
     with pytest.raises(InputError, match="the question is empty"):
@@ -275,6 +324,8 @@ def test_a_trace_is_text_and_a_page_that_escapes_everything(trace, tmp_path):
         '{"kind": "answer", "at": 0, "text": 5}',
         "\xff",
         '{"kind": [], "at": 0}',
+        '{"kind": "answer", "at": null, "text": "x"}',
+        '{"kind": "result", "at": 0, "number": [], "name": "", "ok": true, "text": "", "seconds": 0, "thumbnail": ""}',
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(line, tmp_path):
@@ -282,6 +333,12 @@ def test_a_file_that_is_no_trace_is_refused(line, tmp_path):
     file.write_text(f'{{"kind": "answer", "at": 0, "text": "x"}}\n{line}\n', encoding="latin-1")
     with pytest.raises(InputError, match=r"trace.jsonl.*(line 2|cannot be read)"):
         Trace.read(file)
+
+
+def test_an_empty_file_is_no_trace(tmp_path):
+    (tmp_path / "trace.jsonl").write_text("")
+    with pytest.raises(InputError, match="is empty"):
+        Trace.read(tmp_path / "trace.jsonl")
 
 
 def test_images_of_a_trace_are_thumbnails_only(trace, tmp_path):

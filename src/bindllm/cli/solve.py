@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from bindllm.reasoning.endpoint import Endpoint
 from bindllm.reasoning.eyes import model_tools
 from bindllm.reasoning.mcp import McpTools
 from bindllm.reasoning.measure import MEDIA_TOOLS
+from bindllm.reasoning.schedule import has_running_work
 from bindllm.reasoning.solver import Budget, Solver
 from bindllm.reasoning.trace import Event, Trace, check_ending, event_lines
 
@@ -88,11 +90,24 @@ def solve(
         solver = _build(checkpoint, brain, budget_, model, overrides, servers)
         solution = solver.run(question, media.read())
     _save(solution.trace, trace)
+    code = 0
     if solution.answer is None:
         # The listener has printed the failure.
-        return 1
-    print(printable_lines(solution.answer))
-    return 0
+        code = 1
+    else:
+        print(printable_lines(solution.answer))
+    if has_running_work():
+        atexit.register(_leave, code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process if work that was given up still runs: inside of torch, Python's own end would abort it."""
+    if has_running_work():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 def _build(

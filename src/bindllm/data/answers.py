@@ -10,7 +10,8 @@ from string import ascii_uppercase
 
 ARTICLES = frozenset(["a", "an", "the"])
 
-_ANSWER_IS = r"\banswer\s*(?:is|:)"
+# "The answer isn't clear" states none.
+_ANSWER_IS = r"\banswer\s*(?:is\b|:)"
 # A lower-case a before a word is an article.
 _STATED = re.compile(
     rf"{_ANSWER_IS}\s*(?:option\s+|:\s*)?(?!(?-i:a)\s+\w)\(?([A-Z])\b(?!['\u2019])", re.IGNORECASE

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from bindllm.conversation import Conversation, Message
+from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.generation import check_options
 from bindllm.model.generation.calls import STRICT_JSON, CallForm
@@ -48,12 +49,30 @@ class Reply:
         calls: name and arguments of each call.
         tokens: length of the reply.
         problem: why the reply cannot be read as calls or an answer; "" if it can.
+
+    Raises:
+        InputError: a field of another form, since anyone may write a brain.
     """
 
     text: str
     calls: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     tokens: int = 0
     problem: str = ""
+
+    def __post_init__(self) -> None:
+        match self.text, self.tokens, self.problem:
+            case str(), int(), str() if self.tokens >= 0:
+                pass
+            case found:
+                raise InputError(
+                    f"a reply has text, tokens and problem {found}, expected text, a count and text"
+                )
+        for call in self.calls:
+            match call:
+                case (str(), {}):
+                    pass
+                case _:
+                    raise InputError(f"a reply has the call {call!r}, expected a name and a dictionary")
 
 
 class Brain(Protocol):

@@ -61,7 +61,7 @@ class Endpoint:
             case _:
                 raise EndpointError(f"the endpoint {self._url} answers without choices: {_shown(answer)}")
         match answer.get("usage"):
-            case {"completion_tokens": int() as used}:
+            case {"completion_tokens": int() as used} if used >= 0:
                 pass
             case _:
                 # Unknown, so counted as the most that it can be.

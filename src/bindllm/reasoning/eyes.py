@@ -2,10 +2,11 @@
 
 # Without `from __future__ import annotations`: the type of media is a value of each call of `model_tools`.
 
-import re
 from collections import Counter
+from itertools import pairwise
 from typing import Annotated, Any
 
+from bindllm.data.answers import answer_words
 from bindllm.embeddings.datastore import Datastore
 from bindllm.errors import InputError
 from bindllm.evaluation.zero_shot import NAME, TEMPLATES, fill_templates
@@ -24,6 +25,13 @@ _WORDS = (
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 _NUMBERS = {word: number for number, word in enumerate(_WORDS)} | {"no": 0, "none": 0}
+_TENS = {
+    word: 10 * number
+    for number, word in enumerate(
+        ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"), 2
+    )
+}
+_SCALES = ("dozen", "hundred", "thousand", "million")
 
 
 def model_tools(
@@ -124,15 +132,23 @@ def _embedding_tools(model: BindLLM, kind: Any, store: Datastore | None) -> list
 
 
 def read_number(answer: str) -> int | None:
-    """Return the first number of an answer, in digits or as a word up to twenty; None: it has none.
+    """Return the first whole number of an answer, in digits or as words up to ninety-nine; None: it has none.
 
     Examples:
-        >>> read_number("There are two cats."), read_number("12"), read_number("many")
-        (2, 12, None)
+        >>> read_number("There are thirty-two cats."), read_number("1,200"), read_number("many")
+        (32, 1200, None)
     """
-    for word in re.findall(r"[a-z]+|[0-9]+", answer.lower()):
-        if word in _NUMBERS:
-            return _NUMBERS[word]
+    words = [*answer_words(answer), ""]
+    for word, after in pairwise(words):
         if word.isdecimal() and len(word) < 10:
-            return int(word)
+            found = int(word)
+        elif word in _TENS:
+            unit = _NUMBERS.get(after, 0)
+            found = _TENS[word] + (unit if unit < 10 else 0)
+        elif word in _NUMBERS:
+            found = _NUMBERS[word]
+        else:
+            continue
+        # Of "two hundred", two is not the number.
+        return None if after in _SCALES else found
     return None

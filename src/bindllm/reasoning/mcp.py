@@ -73,10 +73,13 @@ class McpTools:
         except Exception as error:
             self.close()
             raise McpError(f"the MCP server {server!r} cannot be used: {_innermost(error)}") from error
-        if len(listed) > MOST_TOOLS:
+        try:
+            if len(listed) > MOST_TOOLS:
+                raise McpError(f"the MCP server {server!r} has more than {MOST_TOOLS} tools")
+            self.tools: Sequence[Tool] = [self._tool(one) for one in listed]
+        except BindLLMError:
             self.close()
-            raise McpError(f"the MCP server {server!r} has more than {MOST_TOOLS} tools")
-        self.tools: Sequence[Tool] = [self._tool(one) for one in listed]
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +129,7 @@ class McpTools:
             result = asyncio.run_coroutine_threadsafe(work, self._loop).result()
         except Exception as error:
             raise McpError(f"the MCP server failed: {_innermost(error)}") from error
-        texts = "\n".join(part.text for part in result.content if part.type == "text")
+        texts = "\n".join(filter(None, map(_words, result.content)))
         if result.is_error:
             raise McpError(texts or "the tool failed without a word")
         media = [_media(part) for part in result.content if part.type in ("image", "audio")]
@@ -139,6 +142,17 @@ class McpTools:
         value = texts if result.structured_content is None else result.structured_content
         # Servers of the SDK wrap values that are no objects.
         return value["result"] if isinstance(value, dict) and value.keys() == {"result"} else value
+
+
+def _words(part: Any) -> str | None:
+    """Return the text of a part of a result; None for media."""
+    if part.type in ("image", "audio"):
+        return None
+    # A resource of text has its text inside; a link and a resource of bytes have none.
+    text = getattr(getattr(part, "resource", part), "text", None)
+    if not isinstance(text, str):
+        raise McpError(f"the tool returned a {part.type}, expected text, an image or audio")
+    return text
 
 
 def _media(part: Any) -> Media:

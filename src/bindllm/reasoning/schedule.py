@@ -19,7 +19,7 @@ import numpy as np
 
 from bindllm.errors import BindLLMError, InputError, did_you_mean, listed
 from bindllm.media import Media
-from bindllm.reasoning.tools import Tool, references
+from bindllm.reasoning.tools import Tool, as_text, references
 
 Value = TypeVar("Value")
 
@@ -30,6 +30,7 @@ MOST_BYTES = 1 << 28
 """Largest array or file that a call may return as media."""
 
 _MOST_SHOWN = 500
+_THREAD = "bindllm-tool"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Outcome:
         elif isinstance(value, Media):
             text = f"{value.modality} {value.name}"
         else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = as_text(value)
         return f"{text} ({self.note})" if self.note else text
 
 
@@ -117,7 +118,12 @@ def _start(work: Callable[[], Any], report: Callable[[tuple[Any, BaseException |
             report((None, error))
 
     # A daemon: the threads of a pool would be joined at exit, also one that hangs.
-    threading.Thread(target=run, name="bindllm-tool", daemon=True).start()
+    threading.Thread(target=run, name=_THREAD, daemon=True).start()
+
+
+def has_running_work() -> bool:
+    """Return whether work that was given up still runs."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class Scheduler:
@@ -279,7 +285,9 @@ def _left(value: Any, left: int) -> int:
         parts = (part for pair in value.items() for part in pair)
     else:
         found = value if isinstance(value, float) else type(value).__name__
-        raise InputError(f"the tool returned {found}, expected media, or text, numbers and lists of them")
+        raise InputError(
+            f"the tool returned {found}, expected media, or text, finite Python numbers and lists of them"
+        )
     for part in parts:
         if left < 0:
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,10 @@ from bindllm.reasoning.tools import Tool, check_tools
 from bindllm.reasoning.trace import Event, Trace, show_arguments, shown_image
 
 # A call that was written as text, in the marks of common chat templates: it is a failed call, not an answer.
-_CALL = re.compile(r"<tool_call>|\[TOOL_CALLS\]|Call:\s*\{|^\s*(```\w*\s*)?[{\[][^}]*\"name\"")
+_CALL = re.compile(
+    r"<\|?(tool|function|python_tag|invoke)|\[TOOL_CALLS\]|Call:\s*\{|^\s*Action:|"
+    r"^\s*(```\w*\s*)?[{\[][^}]*\"(name|tool|function|action)\""
+)
 
 Reason = Literal["unusable", "rounds", "seconds", "tokens", "brain"]
 
@@ -41,7 +45,7 @@ class Budget:
     """Limits of a run.
 
     Raises:
-        InputError: a limit that is not above 0.
+        InputError: a limit that is not above 0 and finite, or not a whole number, except for seconds.
     """
 
     rounds: int = 4
@@ -59,8 +63,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise InputError(f"the budget of {name} is {value}, expected more than 0")
+            whole = name not in ("seconds", "call_seconds")
+            # No lock waits longer than TIMEOUT_MAX.
+            if not isinstance(value, int if whole else int | float) or not 0 < value <= threading.TIMEOUT_MAX:
+                raise InputError(
+                    f"the budget of {name} is {value}, expected more than 0 and at most "
+                    f"{threading.TIMEOUT_MAX:,.0f}{', a whole number' if whole else ''}"
+                )
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ class Solver:
         if not question.strip():
             raise InputError("the question is empty")
         return _Run(self._brain, self._tools, self._budget, self._listener).solve(
-            question, name_media(check_media(list(media)))
+            question, name_media(check_media(media))
         )
 
 
@@ -198,6 +207,8 @@ class _Run:
         self._trace, self._started, self._tokens = Trace(listener), time.monotonic(), 0
         self._messages: list[dict[str, Any]] = []
         self._calls: list[Call] = []
+        names = "|".join(map(re.escape, tools))
+        self._python_call = re.compile(rf"\W*(\w+ ?= ?|functions\.)?({names})\(")
 
     @property
     def _at(self) -> float:
@@ -207,7 +218,13 @@ class _Run:
     def _has_looked(self) -> bool:
         # The call of an unknown tool is an error.
         ended = ((call, self._scheduler.outcomes[call.number]) for call in self._calls)
-        return any(not outcome.error and self._all[call.name].media for call, outcome in ended)
+        # Of media that a tool returns, the brain sees a name only.
+        return any(
+            not outcome.error
+            and not isinstance(outcome.value, Media)
+            and not self._all[call.name].media.keys().isdisjoint(call.arguments)
+            for call, outcome in ended
+        )
 
     def solve(self, question: str, handles: Mapping[str, Media]) -> Solution:
         """Return the answer or the failure; see `Solver.run`."""
@@ -284,7 +301,7 @@ class _Run:
             if not calls and not problem:
                 if not reply.text.strip():
                     problem = "the reply is empty"
-                elif _CALL.search(reply.text):
+                elif _CALL.search(reply.text) or self._python_call.match(reply.text):
                     problem = "the reply is the text of a call, and neither a call nor an answer"
                 elif required:
                     problem = "the reply has no call, and no tool has looked at the media yet; call one"
@@ -316,6 +333,8 @@ class _Run:
                     list(self._messages), self._offered, required=required, seconds=seconds, tokens=tokens
                 ),
             )
+            if not isinstance(reply, Reply):
+                raise InputError(f"the brain returned {type(reply).__name__}, expected a Reply")
         except TimeOut as error:
             raise _Stop("seconds", f"the brain gave {error}, which is all that was left") from error
         # A brain may be anyone's code: whatever it raises is the end of this run, and no answer.
@@ -333,8 +352,8 @@ class _Run:
                     "id": f"call_{call.number}",
                     "type": "function",
                     "function": {
-                        "name": call.name,
-                        "arguments": json.dumps(call.arguments, ensure_ascii=False),
+                        "name": _readable(call.name),
+                        "arguments": _readable(json.dumps(call.arguments, ensure_ascii=False)),
                     },
                 }
                 for call in calls
@@ -349,9 +368,7 @@ class _Run:
         ]
 
     def _say(self, role: str, text: str, **fields: Any) -> None:
-        # Half of a surrogate pair, which JSON can spell, is not text that a brain can read.
-        text = text.encode("utf-8", "replace").decode()
-        self._messages.append({"role": role, "content": text, **fields})
+        self._messages.append({"role": role, "content": _readable(text), **fields})
 
     def _report(self, call: Call, outcome: Outcome) -> None:
         seen = shown_image(outcome.value) if isinstance(outcome.value, Media) else ""
@@ -359,6 +376,11 @@ class _Run:
             "result", self._at, number=call.number, name=call.name, ok=not outcome.error, text=outcome.text,
             seconds=round(outcome.seconds, 3), thumbnail=seen,
         )  # fmt: skip
+
+
+def _readable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON can spell, and no brain can read."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _planned(call: Call) -> dict[str, Any]:

@@ -7,6 +7,7 @@ writes a path, and nothing that it writes is evaluated.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ REFERENCE = r"result[1-9][0-9]{0,3}"
 
 _WHOLE, _INSIDE = re.compile(REFERENCE), re.compile(rf"\{{({REFERENCE})\}}")
 _LONGEST_FAULT = 200
+# A docstring describes its parameters after an empty line, or at once.
+_END_OF_ABOUT = re.compile(r"\n\s*(?:\n|[:@]\w|[A-Z]\w+:\s*\n)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Tool:
             found[name] = _replace(value, results) if resolved is None else resolved
             wants_text = isinstance(schema, Mapping) and schema.get("type") == "string"
             if wants_text and name not in self.media and not isinstance(found[name], str | Media):
-                found[name] = str(found[name])
+                found[name] = as_text(found[name])
         for name, value in found.items():
             takes = self.media.get(name, ())
             if (name in self.media) != isinstance(value, Media) or (takes and value.modality not in takes):
@@ -159,21 +162,34 @@ def tool(function: Callable[..., Any]) -> Tool:
     paragraph of the docstring describes the tool, its ``Args`` the parameters.
 
     Raises:
-        InputError: no docstring, or a parameter of another type.
+        InputError: not a plain function, no docstring, or a parameter of another type.
     """
     from docstring_parser import parse
 
-    name, text = function.__name__, inspect.getdoc(function) or ""
-    about, description = parse(text), " ".join(text.partition("\n\n")[0].split())
+    name = getattr(function, "__name__", "")
+    if not callable(function) or isinstance(function, type) or not name:
+        raise InputError(f"a tool is {_short(function)}, expected a function; write one that calls it")
+    if inspect.iscoroutinefunction(function):
+        raise InputError(f"the tool {name} is asynchronous; write a function without async that waits for it")
+    text = inspect.getdoc(function) or ""
+    about, description = parse(text), " ".join(_END_OF_ABOUT.split(text, maxsplit=1)[0].split())
     if not description:
         raise InputError(
             f"the tool {name} has no docstring; its first paragraph tells the planner its purpose"
         )
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise InputError(
+            f"the types of the tool {name} cannot be read ({error}); use types that its module imports"
+        ) from error
     described = {one.arg_name: " ".join((one.description or "").split()) for one in about.params}
     properties, required, media = {}, [], {}
     for parameter in inspect.signature(function).parameters.values():
         kind = hints.get(parameter.name)
+        # A planner gives arguments by name.
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise InputError(f"the parameter {parameter} of the tool {name} cannot be given by its name")
         if (modalities := _modalities(kind)) is not None:
             schema, media[parameter.name] = {"type": "string"}, modalities
         elif (schema := _schema(kind)) is None:
@@ -234,12 +250,27 @@ def references(value: Any) -> Iterator[int]:
             yield from references(one)
 
 
+def as_text(value: Any) -> str:
+    """Return a result as a planner reads it: a text itself, anything else as JSON.
+
+    Raises:
+        InputError: media, which no text can hold.
+
+    Examples:
+        >>> as_text("a cat"), as_text([1, True])
+        ('a cat', '[1, true]')
+    """
+    if isinstance(value, Media):
+        raise InputError(f"a text cannot hold {value.modality}; give the result to an argument for media")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _replace(value: Any, results: Mapping[int, Any]) -> Any:
     """Return a value with results instead of references."""
     if isinstance(value, str):
         if _WHOLE.fullmatch(value):
             return results[int(value.removeprefix("result"))]
-        return _INSIDE.sub(lambda found: str(results[int(found[1].removeprefix("result"))]), value)
+        return _INSIDE.sub(lambda found: as_text(results[int(found[1].removeprefix("result"))]), value)
     if isinstance(value, Mapping):
         return {key: _replace(one, results) for key, one in value.items()}
     return [_replace(one, results) for one in value] if isinstance(value, list) else value
@@ -283,7 +314,8 @@ def _schema(kind: Any) -> dict[str, Any] | None:
     if kind in _TYPES:
         return {"type": _TYPES[kind]}
     if get_origin(kind) is Literal:
-        return {"enum": list(get_args(kind))}
+        options = list(get_args(kind))
+        return {"enum": options} if all(isinstance(one, str | int | None) for one in options) else None
     if get_origin(kind) is list and (items := _schema(get_args(kind)[0])) is not None:
         return {"type": "array", "items": items}
     return None

@@ -122,13 +122,15 @@ class Trace:
                 if event.keys() != keys | {"kind", "at"}:
                     raise ValueError(f"its keys are not {', '.join(sorted(keys))}")
                 # Showing the event once finds values of another type.
-                list(event_lines(event))
+                "".join([f"{event['at']:f}", *event_lines(event)])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{path}, line {number}: not an event of a trace ({error!r}); expected a file that `--trace "
                     "FILE.jsonl` wrote"
                 ) from error
             trace.events.append(event)
+        if not trace.events:
+            raise InputError(f"{path} is empty; expected a file that `--trace FILE.jsonl` wrote")
         return trace
 
 
@@ -164,7 +166,7 @@ def event_lines(event: Event) -> Iterator[str]:
         case "question":
             yield f"question  {printable(event['text'])}"
             for item in event["media"]:
-                yield f"  {item['handle']}: {item['modality']} {printable(item['name'])}"
+                yield f"  {item['handle']}: {item['modality']} {brief(item['name'])}"
             yield f"  tools: {printable(', '.join(event['tools']))}"
         case "reply":
             cost = f"{event['tokens']} tokens, {event['seconds']:.1f} s"
@@ -176,11 +178,11 @@ def event_lines(event: Event) -> Iterator[str]:
             for call in event["calls"]:
                 waits = ", ".join(f"result{number}" for number in call["needs"])
                 yield (
-                    f"  result{call['number']} = {printable(call['name'])}({show_arguments(call['arguments'])})"
+                    f"  result{call['number']:d} = {printable(call['name'])}({show_arguments(call['arguments'])})"
                     + (f"  after {waits}" if waits else "")
                 )
         case "result":
-            yield f"  -> result{event['number']}: {brief(event['text'])} ({event['seconds']:.1f} s)"
+            yield f"  -> result{event['number']:d}: {brief(event['text'])} ({event['seconds']:.1f} s)"
         case "answer":
             yield f"answer    {printable(event['text'])}"
         case _:

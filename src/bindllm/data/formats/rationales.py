@@ -40,6 +40,8 @@ def _read(path: str, time: int) -> dict[str, str]:
         # Controls of an evaluation have answers to the same questions.
         if "error" in line or line.get("variant", "model") != "model":
             continue
+        if line["id"] is None:
+            raise ValueError("a line without an id")
         name, text = str(line["id"]), line["answer"]
         if not isinstance(text, str) or found.setdefault(name, text) != text:
             raise ValueError(f"several answers of the id {name!r}")
