@@ -110,6 +110,8 @@ def test_no_path_leaves_this_machine_and_media_ask_for_a_call(server, tmp_path):
         message(None, {"name": "calculate", "arguments": '{"operation": "add", "a": NaN, "b": 1}'}),
         message('```json\n{"name": "calculate", "arguments": {}}\n```'),
         message("It is", finish_reason="length"),
+        message("It is", finish_reason="content_filter"),
+        message({"answer": 3}),
         message(None),
     ],
 )
@@ -117,6 +119,15 @@ def test_unreadable_calls_are_repaired_once(bad, server):
     assert solve(server, bad, message("3")).answer == "3"
     assert "This reply cannot be used" in server.requests[-1][2]["messages"][-1]["content"]
     assert solve(server, bad, bad).failure == "unusable"
+
+
+def test_thoughts_are_no_part_of_the_answer(server):
+    assert solve(server, message("<think>A <tool_call>?</think>\n\nIt is 3.")).answer == "It is 3."
+
+
+def test_a_refusal_is_shown(server):
+    refused = {"choices": [{"message": {"content": None, "refusal": "I cannot."}}]}
+    assert "the model refuses: I cannot." in solve(server, refused, refused).message
 
 
 def test_unknown_usage_counts_as_the_most(server):

@@ -70,6 +70,8 @@ class Endpoint:
         problem = reply.problem
         if choice.get("finish_reason") == "length":
             problem = f"the reply was cut after {tokens} tokens; write less"
+        elif choice.get("finish_reason") == "content_filter":
+            problem = "the reply was cut by the endpoint's filter"
         return Reply(reply.text, reply.calls, used, problem)
 
     def _post(self, body: Mapping[str, Any], seconds: float) -> Any:
@@ -113,7 +115,10 @@ def _read(message: Mapping[str, Any]) -> Reply:
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-    text, calls = str(content), []
+    if not isinstance(content, str):
+        return Reply(json.dumps(content), problem="the content of the reply is not a text")
+    # Thoughts are no part of the answer; some endpoints leave them in the text.
+    text, calls = content.rpartition("</think>")[2], []
     given = message.get("tool_calls") or []
     for call in given if isinstance(given, list) else [given]:
         match call:
@@ -129,7 +134,9 @@ def _read(message: Mapping[str, Any]) -> Reply:
         return Reply(
             text or shown, problem=f"the arguments of a call are not a JSON object: {shown[:_MOST_SHOWN]}"
         )
-    return Reply(text, tuple(calls))
+    refusal = message.get("refusal")
+    problem = f"the model refuses: {_shown(refusal)}" if refusal and not (text or calls) else ""
+    return Reply(text, tuple(calls), problem=problem)
 
 
 def _shown(value: Any) -> str:
