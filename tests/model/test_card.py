@@ -24,6 +24,19 @@ def test_the_card_names_parts_data_and_their_licenses(tmp_path):
     assert "| encoder | `my_lab.Encoder checkpoints/some-encoder` | see its own page |" in card
 
 
+def test_a_tuned_encoder_keeps_the_license_of_its_weights(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    inner = {"class_path": "bindllm.encoders.ImageBind", "init_args": {"weights": str(tmp_path)}}
+    settings = {"encoder": inner, "blocks": None, "rank": 4, "modality": "image"}
+    entry = {"class_path": "bindllm.encoders.trainable.Tuned", "init_args": settings, "base": "00"}
+    card = write_card({**MANIFEST, "encoders": [entry]})
+    assert f"| encoder | `bindllm.encoders.ImageBind {tmp_path}` | cc-by-nc-4.0 |" in card
+    plain = {"class_path": "bindllm.encoders.HuggingFace", "init_args": {"name": str(tmp_path)}}
+    assert f"`bindllm.encoders.HuggingFace {tmp_path}` | cc-by-nc-4.0 |" in write_card(
+        {**MANIFEST, "encoders": [plain]}
+    )
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"packages": [1]}', '{"packages": {"a": 1}}'])
 def test_a_source_file_of_somebody_else_does_not_lose_the_model(tmp_path, content):
     (tmp_path / "SOURCE.json").write_text(content)

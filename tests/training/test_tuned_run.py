@@ -133,6 +133,10 @@ def test_stores_of_the_untrained_encoder_are_refused(parts):
         ),
         ({"objective": {"class_path": "bindllm.objectives.GRPO"}}, "GRPO compares with values of the media"),
         ({"modality": "audio"}, "serves image: set its modality to one of them, not 'audio'"),
+        (
+            {"precision": "bf16-true"},
+            "in which small training steps would vanish; expected 32-true, bf16-mixed",
+        ),
         ({"context": {"records": 2}}, "the records of model.context are encoded before training"),
     ],
 )
@@ -140,6 +144,8 @@ def test_runs_that_cannot_train_an_encoder_are_refused(parts, capsys, change, wo
     recipe = tuned_recipe(parts)
     if "data" in change:
         recipe["data"] |= change["data"]
+    elif "precision" in change:
+        recipe["trainer"] |= change
     elif "modality" in change:
         recipe["model"]["encoders"] = [tuned_encoder(**change)]
     else:

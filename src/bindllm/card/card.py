@@ -24,6 +24,7 @@ from bindllm.card.licenses import Combined, combine
 from bindllm.card.text import END, card_text, license_lines
 from bindllm.errors import BindLLMError, InputError, UsageError
 from bindllm.evaluation.task import MODEL
+from bindllm.model.card import encoder_folder
 
 CARD_FILE = "README.md"
 LICENSE_FILE = "LICENSE.md"
@@ -118,7 +119,7 @@ def _metadata(facts: Facts, combined: Combined) -> ModelCardData:
     task = next((task for name, task in _TASKS.items() if name in facts.modalities), None)
     names = [
         facts.manifest["decoder"]["name"],
-        *(e["init_args"].get("name") for e in facts.manifest["encoders"]),
+        *(encoder_folder(entry["init_args"]) for entry in facts.manifest["encoders"]),
     ]
     # A local path may look like a name on the Hub; a decoder from there is in its cache.
     on_hub = [

@@ -34,7 +34,7 @@ COMMANDS = {
     "compare": ("evaluate", "paired test of two evaluations, and the questions won and lost"),
     "zero_shot": ("zero_shot", "zero-shot classification and retrieval from embeddings"),
     "few_shot": ("zero_shot", "few-shot evaluation with controls, on held-out rows of a table"),
-    "export": ("folders", "merge the adapter into a plain Hugging Face folder"),
+    "export": ("folders", "write the tuned decoder as a plain Hugging Face folder"),
     "report": ("folders", "write the report of a checkpoint again"),
     "card": ("card", "write the model card of a checkpoint, with licenses and limits"),
     "version": ("folders", "print the versions of bindllm and its dependencies"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,11 +171,19 @@ def parts_of(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
     """Return the parts of a model; arguments as for `write_card`."""
     decoder = manifest["decoder"]["name"]
     parts = [Part("decoder", decoder, decoder)]
-    for encoder in manifest["encoders"]:
-        # Only encoders with a weights folder can have a file with a license.
-        weights = str(encoder["init_args"].get("weights", ""))
-        parts.append(Part("encoder", f"{encoder['class_path']} {weights}".rstrip(), weights))
+    for entry in manifest["encoders"]:
+        folder = encoder_folder(entry["init_args"])
+        # A tuned encoder is named by the one whose blocks were trained.
+        kind = (entry["init_args"]["encoder"] if "base" in entry else entry)["class_path"]
+        parts.append(Part("encoder", f"{kind} {folder}".rstrip(), folder))
     return parts + [Part("training data", folder, folder) for folder in data or []]
+
+
+def encoder_folder(arguments: Mapping[str, Any]) -> str:
+    """Return the folder, or id on the hub, that the arguments of an encoder name; empty if they name none."""
+    if isinstance(inner := arguments.get("encoder"), Mapping):
+        arguments = inner.get("init_args") or {}
+    return str(arguments.get("weights") or arguments.get("name") or "")
 
 
 def licenses(manifest: dict[str, Any], *, data: list[str] | None = None) -> list[dict[str, str]]:

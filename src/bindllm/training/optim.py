@@ -189,8 +189,14 @@ def configure_lightning(trainer: Trainer, groups: Groups, config: OptimConfig) -
     """Return AdamW and a schedule that moves every step, as Lightning's `configure_optimizers` does.
 
     Raises:
-        InputError: no parameter is trainable, or the run has no end.
+        InputError: no parameter is trainable, the run has no end, or the weights are not float32.
     """
+    # Lightning has changed the weights themselves to this precision by now.
+    if not trainer.precision.endswith(("32-true", "mixed")):
+        raise InputError(
+            f"trainer.precision is {trainer.precision}, in which small training steps would vanish; expected 32-true, "
+            "bf16-mixed or 16-mixed. The precision of a frozen decoder is model.decoder.dtype"
+        )
     optimizer = build_optimizer(groups, config, fused=not trainer.precision.endswith("mixed"))
     schedule = build_schedule(optimizer, trainer.estimated_stepping_batches, config)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -28,7 +28,7 @@ from bindllm.encoders import Encoder, alignment_warnings, once
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, InputError, check_choice
 from bindllm.media import Media, check_media
-from bindllm.model.card import license_of
+from bindllm.model.card import encoder_folder, license_of
 from bindllm.model.decoder import DTYPES, choose_dtype, default_device
 from bindllm.testing import synthetic_media
 from bindllm.unclip.folder import import_diffusers, load_pipeline, token_counts
@@ -297,9 +297,7 @@ class Imagine:
 
     def _facts(self, media: Sequence[Media]) -> dict[str, Any]:
         """Return the facts that all images of a call share. They name no path: images are passed on."""
-        configs = [encoder.config for encoder in self.encoders]
-        # The arguments by which encoders name their folders.
-        folders = [str(config.get("weights") or config.get("name") or "") for config in configs]
+        folders = [encoder_folder(encoder.config) for encoder in self.encoders]
         cache = self.cache
         return {
             "bindllm": __version__,

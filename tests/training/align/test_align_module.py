@@ -185,7 +185,7 @@ def test_a_run_without_an_epoch_is_an_error(texts, tmp_path):
 
 
 def test_weights_are_trained_in_single_precision(texts, tmp_path):
-    with pytest.raises(InputError, match=r"trainer\.precision is bf16-true; expected 32-true, bf16-mixed"):
+    with pytest.raises(InputError, match=r"trainer\.precision is bf16-true, .*expected 32-true, bf16-mixed"):
         train(tmp_path, LetterEncoder(), texts, precision="bf16-true")
 
 

@@ -127,15 +127,7 @@ class AlignModule(LightningModule):
         return self.head(inputs if self.trained_tower is None else self.trained_tower(inputs))
 
     def on_fit_start(self) -> None:
-        """Set the training mode, which Lightning does not change.
-
-        Raises:
-            InputError: a precision in which the weights are not float32.
-        """
-        if not self.trainer.precision.endswith(("32-true", "mixed")):
-            raise InputError(
-                f"trainer.precision is {self.trainer.precision}; expected 32-true, bf16-mixed or 16-mixed"
-            )
+        """Set the training mode, which Lightning does not change."""
         self.train()
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
