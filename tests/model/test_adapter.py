@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -84,6 +85,23 @@ def test_it_is_the_formula(alpha, rslora, scale, dtype):
     if dtype == "float32":
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
     assert nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_low_rank_term_is_computed_in_the_precision_of_the_decoder(dtype):
+    decoder = tiny_decoder("llama").to(dtype)
+    adapter, found = Adapter(decoder, AdapterConfig(rank=4)), set()
+    for name, module in decoder.named_modules():
+        if name.endswith(("lora_A.default", "lora_B.default")):
+            module.register_forward_hook(lambda module, args, output: found.add(output.dtype))
+    # A copy, such as the reference model of an objective, computes with its own weights.
+    twin = copy.deepcopy(decoder)
+    for parameter in adapter.parameters().values():
+        parameter.requires_grad_(True).data += 0.2
+    decoder(IDS).logits.float().sum().backward()
+    assert found == {dtype}
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in adapter.parameters().values())
+    assert torch.equal(twin(IDS).logits, tiny_decoder("llama").to(dtype)(IDS).logits)
 
 
 def test_dora_is_its_formula():

@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # peft's names of the trained parts of its layers.
-_TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
+_FACTORS = {"lora_A", "lora_B"}
+_TUNED = {*_FACTORS, "lora_magnitude_vector", "modules_to_save"}
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -164,6 +166,9 @@ class Adapter:
             for name in _TUNED & parts.keys():
                 # In half precision the small steps of training would vanish.
                 parts[name].float()
+                if name in _FACTORS and decoder.dtype is torch.bfloat16:
+                    factor = parts[name][_ADAPTER_NAME]
+                    factor.forward = partial(_in_bfloat16, factor)
             if "modules_to_save" in parts:
                 module.register_forward_hook(_as_base if config.media_only else _as_input)
             if config.media_only and "lora_B" in parts:
@@ -188,6 +193,12 @@ class Adapter:
         # peft keeps sets in it, which JSON cannot hold.
         entries = {**self._peft_config.to_dict(), "inference_mode": True}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
+
+
+def _in_bfloat16(factor: nn.Linear, x: Tensor) -> Tensor:
+    """A product of float32 weights in bfloat16: in float32 it would take longer than that of the decoder itself."""
+    bias = None if factor.bias is None else factor.bias.to(torch.bfloat16)
+    return nn.functional.linear(x.to(torch.bfloat16), factor.weight.to(torch.bfloat16), bias)
 
 
 def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
