@@ -4,8 +4,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from bindllm.card.bill import bill_of_materials
 from bindllm.card.card import write_model_card
 from bindllm.card.facts import CardOptions
+from bindllm.card.licenses import Combined
 from bindllm.errors import InputError, UsageError
 from card_parts import write_checkpoint, write_evaluation, write_held_out
 
@@ -132,6 +134,16 @@ def test_the_bill_of_materials_lists_models_data_and_software(folder):
     references = {part["bom-ref"] for part in bill["components"]}
     assert set(bill["dependencies"][0]["dependsOn"]) == references
     assert "LicenseRef-unknown" in bill["metadata"]["component"]["licenses"][0]["expression"]
+
+
+def test_bills_of_checkpoints_that_differ_in_their_adapter_only_differ(folder):
+    manifest = json.loads((folder / "bindllm.json").read_text())
+    combined = Combined("Apache-2.0", [], [], {})
+    serials = {
+        bill_of_materials("m", {**manifest, **adapter}, (), combined)["serialNumber"]
+        for adapter in ({}, {"adapter_sha256": "a" * 64}, {"adapter_sha256": "b" * 64})
+    }
+    assert len(serials) == 3
 
 
 def test_a_checkpoint_without_a_recipe_claims_nothing_about_training(folder):
