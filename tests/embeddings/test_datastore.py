@@ -74,12 +74,14 @@ def test_scores_are_comparable_between_datastores(store):
 
 
 def test_chunks_of_queries_give_the_same(store, monkeypatch):
+    torch.manual_seed(0)
     queries = torch.nn.functional.normalize(torch.randn(7, 2), dim=1)
     keys = [["k0"], [], ["k1"], [], [], ["k3"], []]
     whole = store.search(queries, 3, keys=keys)
     monkeypatch.setattr("bindllm.embeddings.datastore._CHUNK", 10)
     for one, other in zip(store.search(queries, 3, keys=keys), whole, strict=True):
-        assert torch.equal(one, other)
+        # Products of other shapes may differ in the last digit.
+        torch.testing.assert_close(one, other)
 
 
 def test_a_saved_datastore_is_the_same(store, tmp_path):
