@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -18,6 +17,7 @@ from bindllm.cli import main
 from bindllm.errors import MediaError
 from bindllm.media import Media
 from tiny import color_images
+from tiny_run import short_runs, write_recipe
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
 
@@ -160,5 +160,5 @@ def align_recipe(images: Path, **sections: dict) -> dict:
 
 def run_align(recipe: dict, *options: str) -> int:
     """Run the command with a recipe in the current folder; return the exit code."""
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return main(["align", "--config", "recipe.yaml", *options])
+    with short_runs():
+        return main(["align", "--config", str(write_recipe(recipe)), *options])

@@ -6,6 +6,8 @@ import os
 import signal
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# Also for numpy, Faiss and the processes that tests start: one pytest worker runs on each core.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest

@@ -15,6 +15,7 @@ from bindllm.errors import CheckpointError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
 from tiny import save_tiny_decoder
+from tiny_run import short_runs
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/new-encoder.md").read_text(encoding="utf-8")
@@ -109,7 +110,8 @@ def test_the_commands_of_the_page_run(project, capsys):
     assert {line[1] for line in lines[1:]} == {"check", "encode", "fit", "generate"}
     for line in lines[1:]:
         extra = TINY if line[1] == "fit" else []
-        assert main([*line[1:], *extra]) == 0, (line, capsys.readouterr())
+        with short_runs():
+            assert main([*line[1:], *extra]) == 0, (line, capsys.readouterr())
     told = capsys.readouterr().out
     assert told.count("no problems") == 2
     assert "data/radar: 360 radar media, 360 captions; 288 train, 36 validation, 36 test" in told

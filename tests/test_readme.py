@@ -19,6 +19,7 @@ from goldens import make_wave
 from imagebind_small import write_small_imagebind
 from recordings import wav
 from tiny import save_tiny_decoder, save_tiny_text_encoder, synthetic_efficientnet
+from tiny_run import short_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,7 +98,8 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
     few = ["--model.inject.layers", "2", "--model.adapter.layers", "2", "--trainer.max_steps", "2"]
     few += ["--trainer.val_check_interval", "1"]
     for name, options in {"scenes": few, "openmoji": ["--trainer.max_epochs", "1"]}.items():
-        assert main(["fit", "--config", f"recipes/{name}.yaml", *plain, *options]) == 0
+        with short_runs():
+            assert main(["fit", "--config", f"recipes/{name}.yaml", *plain, *options]) == 0
     told = ""
     ran = [words[1:] for words in commands() if words[0] == "bindllm"]
     assert {words[0] for words in ran} <= {*COMMANDS, "--help"}
@@ -116,7 +118,8 @@ def test_commands_and_python_blocks_run(project, tmp_path, monkeypatch, capsys):
         extra = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"] if trains else []
         if words[0] == "fit" and "easyvqa" in words[2]:
             extra += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
-        assert main([*words, *extra]) == 0, words
+        with short_runs():
+            assert main([*words, *extra]) == 0, words
         told += capsys.readouterr().out
     assert "no problems" in told
     assert "bark.wav" in told

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +59,12 @@ def with_bind_tokens(recipe: dict, count: int | str) -> dict:
 
 
 def write_recipe(recipe: dict) -> Path:
-    """Write a recipe into the current folder."""
-    file = Path("recipe.yaml")
-    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return file
+    """Write a recipe into the current folder, in one step: of two processes one may read while the other writes."""
+    part = Path(f"recipe{os.getpid()}.yaml")
+    part.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    # Not `os.replace`: tests count the calls of it.
+    os.rename(part, "recipe.yaml")
+    return Path("recipe.yaml")
 
 
 _build_parser = RecipeCLI.setup_parser
@@ -93,14 +98,12 @@ SHORT = {
 }
 
 
-def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int:
-    """Run a command with a recipe from the current folder, with short captions; return the exit code.
+@contextmanager
+def short_runs(*, figures: bool = False) -> Iterator[None]:
+    """Within the block runs write short captions, and take parsers and figures of earlier runs.
 
     Args:
-        command: the command.
-        recipe: its recipe.
-        options: further words of the command line.
-        figures: draw the figures of this run; else the page may have those of an earlier one.
+        figures: draw the figures of each run; else its page may have those of an earlier one.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RecipeCLI, "setup_parser", _parser_once)
@@ -108,6 +111,19 @@ def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int
             patch.setattr(name, short)
         if not figures:
             patch.setattr(page, "_svg", _figure_once)
+        yield
+
+
+def run(command: str, recipe: dict, *options: str, figures: bool = False) -> int:
+    """Run a command with a recipe from the current folder; return the exit code.
+
+    Args:
+        command: the command.
+        recipe: its recipe.
+        options: further words of the command line.
+        figures: draw the figures of this run, see `short_runs`.
+    """
+    with short_runs(figures=figures):
         return main([command, "--config", str(write_recipe(recipe)), *options])
 
 

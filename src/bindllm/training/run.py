@@ -210,9 +210,11 @@ def _earlier_runs(folder: Path, recipe: str) -> list[tuple[Path, list[Change]]]:
 
 def _is_written_by(recipe: str, output: Path, *, longer: bool = True) -> bool:
     """Return whether a checkpoint was written by a run of this recipe, or by a shorter one."""
+    if not (output / MANIFEST).is_file():
+        return False
     # Compared by the recipe that is stored in the checkpoint, whatever folder the run was in.
     changes = list(_changes(_read_recipe(output), yaml.safe_load(recipe)))
-    return (output / MANIFEST).is_file() and (all(map(_is_longer, changes)) if longer else not changes)
+    return all(map(_is_longer, changes)) if longer else not changes
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
@@ -376,7 +378,8 @@ class Run:
         # Lightning replaces the handler during fit.
         handler = signal.getsignal(signal.SIGINT)
         last = self.state.last if self.state.last.exists() else None
-        log_recipe(self.trainer.loggers, yaml.safe_load(self.recipe))
+        if self.trainer.loggers:
+            log_recipe(self.trainer.loggers, yaml.safe_load(self.recipe))
         try:
             self.trainer.fit(self.module, self.data, ckpt_path=last, weights_only=True)
         except SystemExit as stop:

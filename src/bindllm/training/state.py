@@ -389,30 +389,32 @@ def _frozen_parts(module: LightningModule) -> dict[str, str | None]:
 
 
 GeneratorStates = list[dict[str, Any]]
-"""State of the random number generators of each process, in order of rank, as plain numbers and lists."""
+"""State of the random number generators of each process, in order of rank, as tensors and plain numbers."""
 
 
 def generator_states(processes: Processes, device: torch.device) -> GeneratorStates:
     """Return the state of the random number generators of all processes; all of them must call this."""
-    # Plain values: a saved state is read without unpickling, which would refuse arrays of numpy.
+    # A saved state is read without unpickling, which would refuse arrays of numpy.
     name, words, *rest = np.random.get_state(legacy=True)
     own = {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": [name, words.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.tensor(words, dtype=torch.int64), *rest],
         "python": random.getstate(),
     }
     if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device).tolist()
+        own["cuda"] = torch.cuda.get_rng_state(device)
     return processes.gather(own)
 
 
 def restore_generators(states: GeneratorStates, processes: Processes, device: torch.device) -> None:
     """Restore the random number generators of this process from the result of `generator_states`."""
     own = states[processes.rank]
-    torch.set_rng_state(torch.tensor(own["torch"], dtype=torch.uint8))
-    np.random.set_state(tuple(own["numpy"]))
+    # Lists are from states of earlier versions.
+    torch.set_rng_state(torch.as_tensor(own["torch"], dtype=torch.uint8))
+    name, words, *rest = own["numpy"]
+    np.random.set_state((name, np.asarray(words), *rest))
     version, words, normal = own["python"]
     random.setstate((version, tuple(words), normal))
     # A run that was saved on another kind of device resumes too, with a new sequence there.
     if device.type == "cuda" and "cuda" in own:
-        torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8), device)
+        torch.cuda.set_rng_state(torch.as_tensor(own["cuda"], dtype=torch.uint8), device)

@@ -292,7 +292,8 @@ class RecipeCLI(LightningCLI):
         # These say how to run, not what: a resumed run has the same recipe.
         for key in ("config", "resume", "overwrite"):
             config.pop(key, None)
-        return self.parser.dump(config, skip_unset=False)
+        # Validated when it was parsed.
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
 
 
 def listed(value: Any) -> list[Any]:
