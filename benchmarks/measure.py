@@ -105,7 +105,7 @@ def peak_bytes() -> int:
 def used_bytes() -> int:
     """Return the memory in use now, of the GPU's allocator or of this process."""
     # Imported here, because every measuring process imports this module.
-    from bindllm.training.memory import resident_bytes
+    from bindllm.model.memory import resident_bytes
 
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 

@@ -1,8 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from tiny import tuned_encoder
 from tiny_run import run, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -17,6 +19,16 @@ def test_parts_and_largest_batch_are_shown(parts, capsys):
     assert "with 4 rows of " in told
     assert "longest of 20 rows" in told
     assert "fits into" in told
+
+
+def test_a_tuned_encoder_is_in_the_table_with_its_activations(parts, capsys):
+    recipe = tiny_recipe(parts, data={"store": None})
+    recipe["model"] |= {"encoders": [tuned_encoder()], "trainable": ["encoders"]}
+    assert run("check", recipe, "--memory", "--rows", "0") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"\n *encoders +0\.0 MB", told)
+    assert re.search(r"\n *activations of encoders +0\.0 MB", told)
+    assert "while media are embedded" not in told
 
 
 def test_a_run_that_does_not_fit_is_a_problem_with_a_way_out(parts, capsys):

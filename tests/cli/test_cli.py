@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from bindllm.cli import COMMANDS, RECIPES, main
+from bindllm.cli.arguments import read_command
+from bindllm.cli.encode import encode
 from bindllm.errors import InputError
 from tiny_run import run, tiny_recipe, write_recipe
 
@@ -87,6 +89,25 @@ def test_a_command_line_without_its_recipe_says_how_to_give_it(line, told, capsy
 def test_generate_refuses_numbers_that_cannot_be(options, told, capsys):
     assert main(["generate", "nowhere", "What?", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "others"),
+    [
+        ("a.png --text dog b.png", ("a.png", "b.png"), []),
+        ("--text dog a.png b.png", ("a.png", "b.png"), []),
+        (
+            "a.png --encoder.size 3 b.png --text dog --encoder.name=x",
+            ("a.png", "b.png"),
+            ["size=3", "name=x"],
+        ),
+        ("--text dog -- --a.png", ("--a.png",), []),
+    ],
+)
+def test_positional_arguments_may_be_between_and_after_options(line, files, others):
+    found = read_command("encode", encode, line.split())
+    assert (found["files"], found["text"]) == (files, ("dog",))
+    assert found["overrides"] == [f"--encoder.{other}" for other in others]
 
 
 MISTAKES = {

@@ -15,10 +15,9 @@ from tiny import COLORS, ColorEncoder, TokenEncoder, color_images, tiny_tokenize
 def build(folder, *, sources=None, encoders=None, **options) -> BindData:
     return BindData(
         sources or [SourceConfig(str(folder))],
-        store=str(folder / "store"),
+        **{"store": str(folder / "store"), **options},
         tokenizer=tiny_tokenizer(),
         encoders=[ColorEncoder()] if encoders is None else encoders,
-        **options,
     )
 
 
@@ -70,7 +69,7 @@ def test_report_counts_everything(folder):
     report = data.report
     assert report.rows == {"train": 9, "validation": 4, "test": 5}
     # Of 17 files one is empty and one is a copy.
-    assert (report.encoded, report.reused) == (15, 1)
+    assert report.embeddings == "15 encoded, 1 from the store"
     assert (report.truncated, report.text_only, report.shared_media) == (1, 0, 1)
     assert report.sources[0].remarks.counts == {"a caption with control characters, removed": 1}
     assert report.supervised_tokens == sum(sample.num_supervised for sample in data.samples("train"))
@@ -93,6 +92,12 @@ def test_report_can_be_printed(folder):
     assert "16 encoded, 0 from the store" in capture.get()
 
 
+def test_a_run_without_a_store_reports_no_counts_of_one(folder):
+    data = build(folder, store=None)
+    data.setup()
+    assert data.report.embeddings == "encoded again for every batch"
+
+
 def test_second_run_encodes_nothing_and_setup_twice_does_nothing_twice(folder):
     build(folder).setup()
     data = build(folder)
@@ -102,7 +107,7 @@ def test_second_run_encodes_nothing_and_setup_twice_does_nothing_twice(folder):
     data.prepare_data()
     data.setup("test")
     assert data.samples("train") is samples
-    assert (data.report.encoded, data.report.reused) == (0, 16)
+    assert data.report.embeddings == "0 encoded, 16 from the store"
     assert len(data.report.sources) == 1
 
 
@@ -198,7 +203,7 @@ def test_streamed_rows_are_trained_on_and_held_out(folder):
         ("green square xxx101",),
     ]
     assert data.report.rows == {"validation": 16, "test": 4}
-    assert data.report.encoded == 20
+    assert data.report.embeddings == "20 encoded, 0 from the store; those of the stream during training"
     console = Console(width=200)
     with console.capture() as capture:
         console.print(data.report)

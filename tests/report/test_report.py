@@ -247,14 +247,19 @@ def test_media_without_an_image_are_tiles_with_their_name(folder):
         row("red", media="a/5.npy", modality="radar", nearest_media="a/7.npy", nearest_modality="radar"),
         row("blue", media="'a <b> dog'", modality="text"),
     ]
-    text = write(folder, captions, data={**asdict(DataReport()), "sources": [source]})
+    text = write(folder, captions, data={**asdict(DataReport(embeddings="16 encoded")), "sources": [source]})
     tiles = re.findall(r'class="missing"[^>]*>([^<]*)<', text)
     assert sorted(tiles) == ["&#39;a &lt;b&gt; dog&#39;", "radar: 5.npy", "radar: 7.npy"]
     assert "expected JPEG" not in text
     body = re.sub("<style>.*</style>", "", text, flags=re.DOTALL)
     words = " ".join(" ".join(Page(body).texts).split())
     assert "image" not in words
-    for told in ("2 of 2 held-out media", "Without media the model always says: blind words", "16 radar"):
+    for told in (
+        "2 of 2 held-out media",
+        "Without media the model always says: blind words",
+        "16 radar",
+        "16 encoded",
+    ):
         assert told in words
 
 

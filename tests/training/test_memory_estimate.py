@@ -3,15 +3,26 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bindllm.encoders import Tuned
 from bindllm.errors import DecoderError, InputError
+from bindllm.media import Media
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.injection import InjectConfig
+from bindllm.model.memory import read_size, saved_bytes
 from bindllm.objectives import DPO, KTO, ORPO, NextToken
-from bindllm.training.memory import RunPlan, read_size
-from tiny import ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_tokenizer
+from bindllm.training.memory import RunPlan
+from tiny import (
+    ColorEncoder,
+    TokenEncoder,
+    color_images,
+    save_tiny_decoder,
+    tiny_decoder,
+    tiny_tokenizer,
+    tuned_encoder,
+)
 
 FORWARD, BACKWARD, OPTIMIZER = "the forward pass", "the backward pass", "the optimizer step"
 
@@ -106,6 +117,23 @@ def test_accumulated_gradients_are_kept_during_the_backward_pass(plan):
     many = replace(plan, rows=64, tokens=65, supervised=64 * 64)
     assert parts(many, BACKWARD).get("gradients", 0) == 0
     assert parts(many, BACKWARD, accumulates=True)["gradients"] == parts(many)["gradients"]
+
+
+def test_a_tuned_encoder_saves_its_activations_for_each_media(plan, tmp_path):
+    color_images(tmp_path)
+    media = Media.image(tmp_path / "images" / "red0.png")
+    encoder = Tuned(**tuned_encoder()["init_args"])
+    found = saved_bytes(encoder, media)
+    # Of 16 float32 numbers: inputs of two trained projections, two results of tanh, and the vector that is normalized.
+    assert 5 * 64 <= found < 6 * 64
+    assert not any(parameter.requires_grad for parameter in encoder.parameters().values())
+    tuned = replace(plan, encoders=[encoder], trainable=["encoders"], media=3, media_groups=2)
+    for moment in (FORWARD, BACKWARD):
+        assert parts(tuned, moment, encoded=found)["activations of encoders"] == 4 * 2 * 3 * found
+        # Three blocks of 16 x 16 weights and 16 biases, of which two are trained.
+        assert parts(tuned, moment)["encoders"] == 3 * 4 * 16 * 17
+    pairs = parts(tuned, FORWARD, encoded=found, rejected=2, objective=ORPO())
+    assert pairs["activations of encoders"] == 2 * 2 * 3 * found
 
 
 @pytest.mark.parametrize("objective", [DPO, ORPO, KTO])

@@ -82,10 +82,13 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     # A shell expands ~ at the start of a word, not after --option=.
     words = [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), word) for word in words]
     takes_overrides = OVERRIDES in inspect.signature(function).parameters
-    # Unknown words may belong to an encoder or a recipe, which only the command can read.
-    given, unknown = parser.parse_known_args(_join_values(words) if takes_overrides else words)
+    # Arguments of an encoder, and unknown words that belong to a recipe, are read by the command itself.
+    words, overrides = _take_overrides(words) if takes_overrides else (words, [])
+    # Intermixed: files and prompts may come before, between and after the options. Python 3.11 cannot do so with "--".
+    parse = parser.parse_known_args if "--" in words else parser.parse_known_intermixed_args
+    given, unknown = parse(words)
     values = {keys[option]: value for option, value in vars(given).items()}
-    if unknown and not (takes_overrides and ("config" in values or unknown[0].startswith("--encoder."))):
+    if unknown and not (takes_overrides and "config" in values):
         parser.refuse(unknown)
     try:
         # Only given values: the defaults are those of the signature.
@@ -95,19 +98,22 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
         # Errors name the option that was typed, not the key of the schema.
         option = {key: f"--{option}" for option, key in keys.items()}.get(message.partition(":")[0])
         raise UsageError(message if option is None else f"{option}:{message.partition(':')[2]}") from error
-    return {**vars(chosen), **({OVERRIDES: unknown} if takes_overrides else {})}
+    return {**vars(chosen), **({OVERRIDES: overrides + unknown} if takes_overrides else {})}
 
 
-def _join_values(words: Sequence[str]) -> list[str]:
-    """Join ``--encoder.NAME VALUE`` into one word: the parser would take the value for a file of the command."""
-    joined: list[str] = []
+def _take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words without arguments of an encoder, and these arguments, each as ``--encoder.NAME=VALUE``."""
+    kept, taken, waits = [], [], False
     for word in words:
-        is_value = joined and joined[-1].startswith("--encoder.") and "=" not in joined[-1]
-        if is_value and not word.startswith("--"):
-            joined[-1] += f"={word}"
+        if waits and not word.startswith("--"):
+            taken[-1] += f"={word}"
+            waits = False
+        elif waits := word.startswith("--encoder."):
+            taken.append(word)
+            waits = "=" not in word
         else:
-            joined.append(word)
-    return joined
+            kept.append(word)
+    return kept, taken
 
 
 def plain_message(message: str) -> str:

@@ -192,7 +192,11 @@ class BindData(LightningDataModule):
         # Without the media that failed, every later lookup succeeds.
         self._rows = {split: self._without(rows, totals.failed) for split, rows in self._rows.items()}
         self._embeddings = embeddings
-        self.report.encoded, self.report.reused = totals.encoded, totals.reused
+        self.report.embeddings = f"{totals.encoded:,} encoded, {totals.reused:,} from the store"
+        if self.store is None:
+            self.report.embeddings = "encoded again for every batch"
+        elif self.streamed:
+            self.report.embeddings += "; those of the stream during training"
         self.report.seconds_embedding = totals.seconds
         self.report.seconds += totals.seconds
 

@@ -247,8 +247,7 @@ class DataReport:
         supervised_tokens: tokens of the training split with a loss, in one pass over its samples.
         languages: length of the answers in each language, see `count_languages`.
         shared_media: held-out samples with a file whose content is in the training split too.
-        encoded: files that were encoded in this run.
-        reused: files whose embeddings were in the store.
+        embeddings: how many embeddings were made and how many were in the store, in words.
         seconds_embedding: time of embedding.
         seconds: total time.
         stream: counts of the training stream in this process, if there is one.
@@ -266,8 +265,7 @@ class DataReport:
     supervised_tokens: int = 0
     languages: dict[str, str] = field(default_factory=dict)
     shared_media: int = 0
-    encoded: int = 0
-    reused: int = 0
+    embeddings: str = ""
     seconds_embedding: float = 0.0
     seconds: float = 0.0
     stream: StreamReport | None = None
@@ -290,7 +288,7 @@ class DataReport:
         for source in self.sources:
             table.add_row(source.path, source.counted)
         table.add_row("rows", ", ".join(f"{count:,} {split}" for split, count in self.rows.items()))
-        table.add_row("embeddings", f"{self.encoded:,} encoded, {self.reused:,} from the store")
+        table.add_row("embeddings", self.embeddings)
         table.add_row("supervised tokens", f"{self.supervised_tokens:,}")
         for language, words in self.languages.items():
             table.add_row(printable(language), words)

@@ -7,10 +7,12 @@ is counted, for any decoder and any adapter, and none is predicted from a formul
 
 from __future__ import annotations
 
+import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface, PreTrainedModel
 
+from bindllm.encoders import Encoder
+from bindllm.encoders.trainable import Tuned
 from bindllm.errors import DecoderError, InputError
+from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, without_weights
 from bindllm.model.layers import find_layers
@@ -229,6 +234,63 @@ def trace_step(
             hook.remove()
         for parameter in trained:
             parameter.grad = None
+
+
+def encoder_bytes(encoder: Encoder) -> int:
+    """Return the bytes of the weights of an encoder that are loaded by now."""
+    # An encoder is any class: its weights are in the torch modules that it holds.
+    return sum(value.nbytes for value in _weights(encoder))
+
+
+def saved_bytes(encoder: Tuned, media: Media) -> int:
+    """Return the bytes that autograd saves in a forward pass of an encoder with one media, next to its weights."""
+    known = {value.untyped_storage()._cdata for value in _weights(encoder)}
+    saved: dict[int, Tensor] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        # Held until the end: the address of a freed storage would be that of another one.
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    trained = encoder.parameters().values()
+    was_trained = [parameter.requires_grad for parameter in trained]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            kept = encoder.embed(media.modality, [encoder.prepare(media)])
+    finally:
+        for parameter, before in zip(trained, was_trained, strict=True):
+            parameter.requires_grad_(before)
+    del kept
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
+
+
+def _weights(encoder: Encoder) -> Iterator[Tensor]:
+    owner = encoder.base if isinstance(encoder, Tuned) else encoder
+    for part in vars(owner).values():
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
+            yield from part.buffers()
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process: libraries and data, no decoder yet."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    # Other systems than Linux only report the high-water mark; macOS counts bytes.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_bytes(device: str) -> int | None:
+    """Return the memory of this machine, or of its first GPU; None if it has no such device."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_size(text: str) -> int:

@@ -255,7 +255,7 @@ def _data_tables(data: Mapping[str, Any], one: str, many: str) -> list[dict[str,
     counts = [
         ("rows", ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())),
         ("training tokens", f"{data['supervised_tokens']:,} in the answers, in one pass"),
-        ("embeddings", f"{data['encoded']:,} made for this run, {data['reused']:,} from the store"),
+        ("embeddings", data["embeddings"]),
     ]
     counts += [*data.get("languages", {}).items()]
     # Faults of the data: a line for each that there is.

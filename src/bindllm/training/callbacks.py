@@ -32,7 +32,7 @@ from bindllm.evaluation.task import media_name
 from bindllm.model.quantize import num_weights
 from bindllm.objectives import Objective
 from bindllm.training.loggers import log_captions
-from bindllm.training.optim import groups_table
+from bindllm.training.optim import check_precision, groups_table
 
 METRICS = "metrics.csv"
 CAPTIONS = "captions.jsonl"
@@ -47,7 +47,7 @@ _SMOOTH_OVER = 20
 
 
 def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
-    """Refuse a trainer that takes no step, and callbacks that cannot work.
+    """Refuse a trainer that takes no step or rounds the trained weights, and callbacks that cannot work.
 
     Args:
         trainer: the trainer of a recipe.
@@ -56,6 +56,7 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
     Raises:
         InputError: names the option, or the callback and its metric.
     """
+    check_precision(trainer)
     # Lightning accepts 0 and then trains nothing without an error.
     lengths = {
         "max_epochs": trainer.max_epochs,

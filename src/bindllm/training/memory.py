@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
 from rich import box
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bindllm.data.collate import Batch
 from bindllm.data.rows import IGNORE, Row, make_sample, spread
 from bindllm.encoders import Encoder
 from bindllm.encoders.tokens import MOST_TOKENS, token_size
-from bindllm.encoders.trainable import Tuned, tuned_encoders
+from bindllm.encoders.trainable import tuned_encoders
 from bindllm.errors import InputError
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -30,7 +27,17 @@ from bindllm.model.context import ContextConfig
 from bindllm.model.decoder import DecoderConfig, default_device
 from bindllm.model.injection import InjectConfig
 from bindllm.model.layers import find_layers
-from bindllm.model.memory import meta_decoder, quantized_layers, read_size, trace_step, weight_bytes
+from bindllm.model.memory import (
+    device_bytes,
+    encoder_bytes,
+    meta_decoder,
+    quantized_layers,
+    read_size,
+    resident_bytes,
+    saved_bytes,
+    trace_step,
+    weight_bytes,
+)
 from bindllm.objectives import KTO, ORPO, NextToken, Objective
 
 CUDA_CONTEXT = 600_000_000
@@ -83,6 +90,7 @@ class RunPlan:
         supervised: supervised tokens of the whole batch, N.
         media_groups: media groups of a row.
         media: media of a group.
+        encoded: bytes that autograd saves for a media in a tuned encoder.
         rejected: how many of the rows are rejected answers of preference pairs.
         measured_rows: rows that this size was measured on; 0: it is the largest that the recipe allows.
         bind: shape of the bind network.
@@ -111,6 +119,7 @@ class RunPlan:
     supervised: int
     media_groups: int = 1
     media: int = 1
+    encoded: int = 0
     rejected: int = 0
     measured_rows: int = 0
     bind: BindConfig = field(default_factory=BindConfig)
@@ -188,6 +197,10 @@ class RunPlan:
             inputs["context_ids"] = torch.zeros(*records, self.context.text_length, dtype=torch.long)
         # Columns of all objectives at once: each reads its own, and meta tensors cost nothing.
         numbers = torch.arange(self.rows - self.rejected)
+        if "encoders" in self.trainable:
+            made = inputs.keys() & {"embeddings", "tokens"}
+            # The gradient reaches the encoders through these.
+            inputs |= {name: inputs[name].to("meta").requires_grad_() for name in made}
         return {
             **inputs,
             **{f"mismatched_{name}": value[: len(numbers)] for name, value in inputs.items()},
@@ -210,6 +223,12 @@ class RunPlan:
         fixed = {name: sum(p.nbytes for _, p in group) for name, group in groups.items()}
         # Of a tuned decoder, only the buffers are frozen.
         fixed |= {"decoder": fixed.get("decoder", 0) + sum(frozen.values()), "framework": self.framework}
+        if tuned_encoders(self.encoders):
+            # Without a store all encoders run in each step; rejected answers share the media of the chosen ones.
+            fixed["encoders"] = sum(map(encoder_bytes, self.encoders))
+            media = (self.rows - self.rejected) * self.media_groups * self.media
+            activations = {"activations of encoders": media * self.encoded}
+            forward, backward = {**forward, **activations}, {**backward, **activations}
         fixed["optimizer"] = moments // share if strategy in ("zero1", "zero2") else moments
         if strategy in ("ddp", "sharded"):
             # DDP copies gradients into buckets to send them: as large as the gradients.
@@ -322,27 +341,23 @@ def plan_run(
     shape = _batch_shape(recipe["data"], rows, tokenizer, pairs=needs in ("pairs", "labels"))
     # Ours that run the model on the same rows: another class may need columns that only it adds.
     objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
+    tuned = tuned_encoders(encoders).values() if "encoders" in model["trainable"] else ()
+    media = {item.modality: item for row in reversed(rows) for item in reversed(row.media)}
+    saved = [saved_bytes(one, media[one.modality]) for one in tuned if one.modality in media]
+    devices = _devices(trainer, device)
+    if tuned_encoders(encoders) and device == "cpu":
+        # This process has loaded them already, and the table lists them.
+        devices["framework"] -= sum(map(encoder_bytes, encoders))
     return RunPlan(
         **{name: parts[name] for name in ("decoder", *_PARTS) if name in parts},
         **shape,
-        **_devices(trainer, device),
+        **devices,
         encoders=encoders,
+        encoded=max(saved, default=0),
         trainable=tuple(model["trainable"]),
         objective=objective,
         checkpointing=bool(model["checkpoint_activations"]),
     )
-
-
-def resident_bytes() -> int:
-    """Return the memory of this process: libraries and data, no decoder yet."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
-    # Other systems than Linux only report the high-water mark; macOS counts bytes.
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _devices(trainer: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -408,6 +423,8 @@ def _batch_shape(
 # The part of a table, and the keys of a recipe that make it smaller.
 _KEYS = {
     "activations": "data.batch_size, data.max_length, model.checkpoint_activations",
+    "activations of encoders": "data.batch_size, blocks of Tuned",
+    "encoders": "nothing: weights that each step needs",
     "temporaries of the backward pass": "data.batch_size, data.max_length",
     "logits": "data.batch_size: supervised tokens times the vocabulary",
     "decoder": "model.decoder.dtype, model.decoder.quantize, or more devices with a sharded decoder",
@@ -430,24 +447,20 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     Raises:
         InputError: the limit is not a size.
     """
-    # How to read this: the table, the encoders before it, its largest part, and then whether it fits.
-    available = _device_bytes(plan.device) if limit is None else read_size(limit)
+    # How to read this: the table, the encoders before it, its largest part, whether it fits.
+    available = device_bytes(plan.device) if limit is None else read_size(limit)
     estimate = plan.estimate
-    rows = (
-        f"longest of {plan.measured_rows:,} rows"
-        if plan.measured_rows
-        else "data.max_length, all of it supervised"
-    )
+    count = plan.measured_rows
+    rows = f"longest of {count:,} rows" if count else "data.max_length, all of it supervised"
     where = f"each of {plan.devices} devices" if plan.devices > 1 else "one device"
     lines: list[Any] = [
         f"memory of {where} ({plan.device}, decoder in {str(plan.dtype)[6:]}) at its peak, in "
         f"{estimate.moment}, with {plan.rows} rows of {plan.tokens} tokens ({rows}):",
         _table(estimate),
     ]
-    # Frozen encoders are gone before training starts, so they are not part of the peak.
-    when = "also in each step" if tuned_encoders(plan.encoders) else "before that, while media are embedded"
-    if encoders := sum(_weights(encoder) for encoder in plan.encoders):
-        lines.append(f"{when}: {_text(encoders)} of encoders, and their activations")
+    # Frozen encoders leave the device before training starts.
+    if "encoders" not in estimate.parts and (encoders := sum(map(encoder_bytes, plan.encoders))):
+        lines.append(f"earlier, while media are embedded: {_text(encoders)} of encoders and activations")
     if plan.device == "cpu":
         lines.append("the process may show more than this: the C library keeps freed memory (docs/memory.md)")
     largest = next(iter(estimate.parts))
@@ -458,22 +471,15 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     if estimate.total <= available:
         lines.append(f"fits into {_text(available)}: {estimate.total / available:.0%} of it")
         return lines, ""
-    # Each change is listed with its effect, so that the user can stop at the one that is enough.
+    # Each change with its effect, so that the user can stop at the one that is enough.
     changes = [
         f"{words}: {_text(total)}{', fits' if total <= available else ''}"
         for words, total in plan.changes(available)
     ]
     advice = (
-        f"Changes, each on top of the others: {'; '.join(changes)}" if changes else "No change makes it fit"
+        f"Changes, each on top of the others: {'; '.join(changes)}" if changes else "Nothing makes it fit"
     )
     return lines, f"the run needs {_text(estimate.total)} on {where}, which has {_text(available)}. {advice}"
-
-
-def _device_bytes(device: str) -> int | None:
-    """Return the memory of this machine, or of its first GPU; None if it has no such device."""
-    if device != "cpu":
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _table(estimate: MemoryEstimate) -> Table:
@@ -490,11 +496,3 @@ def _table(estimate: MemoryEstimate) -> Table:
 
 def _text(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _weights(encoder: Encoder) -> int:
-    """Return the bytes of the weights of an encoder that are loaded by now."""
-    # An encoder is any class: its weights are in the torch modules that it holds.
-    owner = encoder.base if isinstance(encoder, Tuned) else encoder
-    parts = [part for part in vars(owner).values() if isinstance(part, nn.Module)]
-    return sum(value.nbytes for part in parts for value in (*part.parameters(), *part.buffers()))

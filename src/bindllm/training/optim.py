@@ -185,18 +185,27 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, total=int(total), config=config))
 
 
+def check_precision(trainer: Trainer) -> None:
+    """Refuse a trainer that changes the trained weights themselves to a low precision.
+
+    Raises:
+        InputError: names the precisions that fit.
+    """
+    if not trainer.precision.endswith(("32-true", "mixed")):
+        raise InputError(
+            f"trainer.precision is {trainer.precision}, in which small training steps would vanish; expected 32-true, "
+            "bf16-mixed or 16-mixed. The precision of a frozen decoder is model.decoder.dtype"
+        )
+
+
 def configure_lightning(trainer: Trainer, groups: Groups, config: OptimConfig) -> dict[str, Any]:
     """Return AdamW and a schedule that moves every step, as Lightning's `configure_optimizers` does.
 
     Raises:
         InputError: no parameter is trainable, the run has no end, or the weights are not float32.
     """
-    # Lightning has changed the weights themselves to this precision by now.
-    if not trainer.precision.endswith(("32-true", "mixed")):
-        raise InputError(
-            f"trainer.precision is {trainer.precision}, in which small training steps would vanish; expected 32-true, "
-            "bf16-mixed or 16-mixed. The precision of a frozen decoder is model.decoder.dtype"
-        )
+    # A trainer of the user's own reaches only this function.
+    check_precision(trainer)
     optimizer = build_optimizer(groups, config, fused=not trainer.precision.endswith("mixed"))
     schedule = build_schedule(optimizer, trainer.estimated_stepping_batches, config)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
