@@ -39,10 +39,12 @@ def python(tmp_path_factory):
     # A copy, as building writes into the tree.
     source = folder / "source"
     run("git", "clone", "-q", ROOT, source)
+    # Compiling all modules takes longer than the tests, which import few.
+    install = python, "-m", "pip", "install", "-q", "--no-compile"
     try:
-        run(python, "-m", "pip", "install", "-q", "--no-deps", "lmms-eval", source)
+        run(*install, "--no-deps", "lmms-eval", source)
         (folder / "needed.txt").write_text(run(python, "-c", REQUIREMENTS))
-        run(python, "-m", "pip", "install", "-q", "-r", folder / "needed.txt")
+        run(*install, "-r", folder / "needed.txt")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"lmms-eval cannot be installed here: {error.stderr[-500:]}")
     return python
