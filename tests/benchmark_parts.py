@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 from pathlib import Path
@@ -161,10 +162,14 @@ def mmbench(folder: Path) -> Path:
     rows = [columns.split()]
     for n, color in enumerate(("red", "blue")):
         options = [color, "black", "pink" if n else "", ""]
+        hint = 'A hint of\nseveral "lines".' if n else ""
         rows.append(
-            [str(n), "Which color?", "", *options, "A", "color", image_base64(color), "attribute", "dev"]
+            [str(n), "Which color?", hint, *options, "A", "color", image_base64(color), "attribute", "dev"]
         )
-    write(folder / "mmbench_dev_en.tsv", "".join("\t".join(row) + "\n" for row in rows))
+    # As pandas writes it.
+    stream = io.StringIO()
+    csv.writer(stream, delimiter="\t", lineterminator="\n").writerows(rows)
+    write(folder / "mmbench_dev_en.tsv", stream.getvalue())
     return folder
 
 
@@ -293,8 +298,8 @@ def pairs(folder: Path) -> Path:
     rows = [
         {"pair": f"{job}", "attribute": "color of the shirt", "value": color, "image": f"{color}.png"}
         | {"question": f"Is this a {job}?", "answer": "yes"}
-        for job in ("nurse", "pilot")
-        for color in ("red", "blue")
+        for job, colors in (("nurse", ("red", "blue")), ("pilot", ("blue", "red")))
+        for color in colors
     ]
     write(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -14,7 +14,7 @@ import pytest
 from benchmark_parts import choices, isekai, mmbench, music_avqa, scienceqa, vl_icl, vqav2
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import BENCHMARKS, captions, parsers
-from bindllm.evaluation.benchmarks.benchmark import read_items
+from bindllm.evaluation.benchmarks.benchmark import Item, majority_answers, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals
 from bindllm.evaluation.benchmarks.captions import meteor_stats, ptb_words
 from bindllm.evaluation.benchmarks.metrics import CAPTIONS, CIRCULAR, meteor
@@ -233,6 +233,25 @@ def test_circular_questions_are_right_in_all_rotations(tmp_path):
     assert found == {"accuracy": 0.5, "plain_accuracy": 1.0}
 
 
+def test_fields_of_mmbench_may_have_several_lines_and_no_answer(tmp_path):
+    table = mmbench(tmp_path) / "mmbench_dev_en.tsv"
+    # Parts of a quotation, as pandas writes it.
+    assert '"A hint of\nseveral ""lines""."' in table.read_text()
+    item = items_of("mmbench", tmp_path)[-1]
+    assert 'Context: A hint of\nseveral "lines".\nOptions: (A)' in item.row.conversation.messages[0].text
+    for answer in ("", "AB", "C"):
+        changed = table.read_text().replace("\tA\tcolor\t", f"\t{answer}\tcolor\t", 1)
+        (tmp_path / "other.tsv").write_text(changed)
+        found = read_items(BENCHMARKS["mmbench"], tmp_path / "other.tsv", prompt="")
+        assert [item.unit for item in found.items] == ["1"] * 3
+        assert found.skipped.counts == {
+            "no letter of an option as the answer, as in splits without answers": 1
+        }
+    (tmp_path / "other.tsv").write_text(table.read_text().replace('""lines""', '"lines"'))
+    with pytest.raises(InputError, match=r"other.tsv: 1 x not valid TSV .*fetch the file again"):
+        items_of("mmbench", tmp_path / "other.tsv")
+
+
 def test_columns_of_scienceqa_overlap_as_in_the_paper(tmp_path):
     items = items_of("scienceqa", scienceqa(tmp_path))
     lines = [
@@ -298,3 +317,18 @@ def test_the_words_of_a_template_are_filled_in(tmp_path):
 )
 def test_parsers_of_yes_and_no(parser, answers):
     assert {text: parser(text, None) for text in answers} == answers
+
+
+def test_a_class_is_named_by_whole_words():
+    item = SimpleNamespace(facts={"classes": ["rain", "train", "stand", "night stand"]})
+    texts = ("A train.", "rain on a train", "a night-stand", "a stand next to a night stand", "trains")
+    assert [parsers.named_class(text, item) for text in texts] == ["train", None, "night stand", None, None]
+
+
+def test_the_majority_answer_counts_spellings_together():
+    rows = [("no",), ("No.", "nope"), ("no way",), ("Yes",), ("yes.",), ("yes", "yes"), ("no way",)]
+    items = [
+        Item(str(n), SimpleNamespace(references=row, options=(), language=""), {}, "")
+        for n, row in enumerate(rows)
+    ]
+    assert majority_answers(items) == ["Yes"] * 7

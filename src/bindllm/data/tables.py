@@ -242,18 +242,26 @@ class _JsonText:
         return bool(read)
 
 
-def _read_delimited(path: Path, required: tuple[str, ...], skipped: Skipped) -> Iterator[tuple[str, Record]]:
-    # Strict, since the text of a faulty quotation is a guess. In TSV, a quotation mark is a character like any other.
+def read_delimited(
+    path: Path, required: tuple[str, ...], skipped: Skipped, *, has_quotes: bool | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yield the rows of CSV or TSV, see `read_table`.
+
+    Args:
+        path, required, skipped: as for `read_table`.
+        has_quotes: whether a field may be in quotation marks; None: in CSV only.
+    """
     is_csv = path.suffix.lower() == ".csv"
+    # Strict, since the text of a faulty quotation is a guess.
     dialect = (
-        {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL, "strict": True}
-        if is_csv
-        else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        {"quoting": csv.QUOTE_MINIMAL, "strict": True}
+        if (is_csv if has_quotes is None else has_quotes)
+        else {"quoting": csv.QUOTE_NONE}
     )
     # The default is too small for an image; csv has one limit for the whole process.
     csv.field_size_limit(_MAX_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, **dialect)
+        reader = csv.reader(stream, delimiter="," if is_csv else "\t", **dialect)
         try:
             header = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
@@ -303,8 +311,8 @@ def _read_parquet(path: Path, required: tuple[str, ...], skipped: Skipped) -> It
 READERS: Mapping[str, Callable[[Path, tuple[str, ...], Skipped], Iterator[tuple[str, Record]]]] = {
     ".jsonl": read_json_lines,
     ".json": _read_json,
-    ".csv": _read_delimited,
-    ".tsv": _read_delimited,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
     ".parquet": _read_parquet,
 }
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bindllm.conversation.messages import RowError
-from bindllm.data.answers import option_letter
-from bindllm.data.formats import read_row
+from bindllm.data.answers import answer_words, option_letter
+from bindllm.data.formats import answer_of, read_row
 from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
 from bindllm.data.rows import Row
@@ -225,16 +225,9 @@ def read_items(
     """
     if not folder.exists():
         raise InputError(f"{folder} does not exist; give the folder with the files of {benchmark.name}")
-    seen: Counter[str] = Counter()
-    entries = []
-    for entry in _entries(benchmark, folder):
-        seen[entry.id] += 1
-        # Kept, because published files repeat ids of different questions; counted, because results name them.
-        name = entry.id if seen[entry.id] == 1 else f"{entry.id}#{seen[entry.id]}"
-        record = {**entry.record, "id": name}
-        entries.append(replace(entry, id=name, unit=entry.unit or name, record=record))
+    entries, duplicates = _named(_entries(benchmark, folder))
     chosen = entries if limit is None else _limited(entries, limit)
-    found = Items([], Skipped(), len(entries), len(chosen), sum(count - 1 for count in seen.values()))
+    found = Items([], Skipped(), len(entries), len(chosen), duplicates)
     config = SourceConfig(
         str(folder),
         format=benchmark.format,
@@ -264,6 +257,24 @@ def read_items(
 
 
 _NO_ROW: Any = None
+
+
+def _named(entries: Iterable[Entry]) -> tuple[list[Entry], int]:
+    """Return entries with unique ids, and the number of those that were repeated.
+
+    They are kept, because published files repeat ids of different questions; counted, because results name them.
+    """
+    found, names, duplicates = [], set(), 0
+    repeated: Counter[str] = Counter()
+    for entry in entries:
+        name = entry.id
+        duplicates += name in names
+        while name in names:
+            repeated[entry.id] += 1
+            name = f"{entry.id}#{repeated[entry.id] + 1}"
+        names.add(name)
+        found.append(replace(entry, id=name, unit=entry.unit or name, record={**entry.record, "id": name}))
+    return found, duplicates
 
 
 def _entries(benchmark: Benchmark, folder: Path) -> Iterator[Entry]:
@@ -311,6 +322,21 @@ def _limited(entries: Sequence[Entry], limit: int) -> list[Entry]:
         kept.add(unit)
         total += sizes[unit]
     return [entry for entry in entries if entry.unit in kept]
+
+
+def majority_answers(items: Sequence[Item]) -> list[str]:
+    """Return for each item the answer that is true for most items of its language, in its first spelling."""
+    counts: dict[str, Counter[str]] = {}
+    spelling: dict[str, str] = {}
+    for item in items:
+        texts = [answer_of(item.row.options, ord(item.letter) - ord("A"))] if item.letter else item.references
+        # "No." and "no" are one answer, which counts once for an item.
+        words = [" ".join(answer_words(text)) for text in texts]
+        counts.setdefault(item.row.language, Counter()).update([*dict.fromkeys(words)])
+        for one, text in zip(words, texts, strict=True):
+            spelling.setdefault(one, text)
+    most = {language: spelling[own.most_common(1)[0][0]] for language, own in counts.items()}
+    return [most[item.row.language] for item in items]
 
 
 def line_of(item: Item, root: Path) -> Line:

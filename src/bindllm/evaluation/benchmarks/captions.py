@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from bindllm.atomic import read_json
 from bindllm.data.collate import Lookup
 from bindllm.errors import InputError, needs_extra
@@ -62,7 +64,10 @@ def _scores(cider: Cider, candidate: Words, references: Sequence[Words]) -> dict
 
 
 def nearest_captions(items: Sequence[Item], lookup: Lookup) -> list[str]:
-    """Return the first caption of the nearest other media in the language of each item, which needs no training."""
+    """Return the first caption of the nearest other media in the language of each item, which needs no training.
+
+    It is empty for an item without other media in its language.
+    """
     found: dict[int, str] = {}
     for language in dict.fromkeys(item.row.language for item in items):
         own = [n for n, item in enumerate(items) if item.row.language == language]
@@ -72,9 +77,13 @@ def nearest_captions(items: Sequence[Item], lookup: Lookup) -> list[str]:
             # Rounded, so that equal media stay equal in whatever order the products are summed.
             near = (vectors[start : start + _CHUNK] @ vectors.T).round(decimals=6)
             # Media with the same embedding are the item itself, or a copy of it.
-            near[near >= 1] = -2
-            best = [items[own[n]].references[0] for n in near.argmax(dim=1).tolist()]
-            found.update(zip(own[start:], best, strict=False))
+            near[near >= 1] = -torch.inf
+            best, positions = near.max(dim=1)
+            texts = [items[own[n]].references[0] for n in positions.tolist()]
+            # Without other media, the caption of this one would be copied.
+            known = (best > -torch.inf).tolist()
+            texts = [text if is_known else "" for text, is_known in zip(texts, known, strict=True)]
+            found.update(zip(own[start:], texts, strict=False))
     return [found[n] for n in range(len(items))]
 
 
@@ -152,6 +161,35 @@ def score_as_published(
     for line, pair, stats in zip(lines, pairs, added, strict=True):
         score = _scores(cider, *pair)
         line |= {"score": score.pop("score"), "stats": score | stats}
+
+
+def score_again(lines: Sequence[Line], tokenizer: str) -> list[Line]:
+    """Return lines with the CIDEr-D that they have in a set of their own.
+
+    Args:
+        lines: a part of an evaluation.
+        tokenizer: its tokenizer, ``python`` or ``ptb``.
+
+    Raises:
+        InputError: Java fails.
+    """
+    if tokenizer == "ptb":
+        check_java()
+    split = ptb_words if tokenizer == "ptb" else lambda texts: list(map(caption_words, texts))
+    own = iter(split([text for line in lines for text in line["target"]]))
+    references = [[next(own) for _ in line["target"]] for line in lines]
+    languages = [line["groups"].get("language", "") for line in lines]
+    weights = ciders(references, languages)
+    scores = [
+        weights[language].score(said, words)
+        for language, said, words in zip(
+            languages, split([line["parsed"] or "" for line in lines]), references, strict=True
+        )
+    ]
+    return [
+        {**line, "score": score, "stats": {**line["stats"], "cider": score}}
+        for line, score in zip(lines, scores, strict=True)
+    ]
 
 
 def ptb_words(texts: Sequence[str]) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bindllm.atomic import read_json
 from bindllm.data.report import Skipped
-from bindllm.data.tables import read_table
+from bindllm.data.tables import read_delimited
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import parsers
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry
@@ -74,26 +74,32 @@ def read_mmbench(folder: Path) -> Iterator[Entry]:
     Rotations are made here, unless the file has copies of its own (``index`` of a million and more).
     """
     table = folder if folder.is_file() else require(folder, _MMBENCH, purpose="the questions")
-    rows, images = [], {}
-    for _, row in read_table(table, ("index", "question", "A", "B", "answer", "image"), Skipped()):
+    rows, images, skipped = [], {}, Skipped()
+    columns = ("index", "question", "A", "B", "answer", "image")
+    # Written by pandas: a hint of several lines is in quotation marks.
+    for _, row in read_delimited(table, columns, skipped, has_quotes=True):
         images[str(row["index"])] = row["image"]
         rows.append(row)
+    if skipped.total:
+        raise InputError(f"{table}: {'; '.join(skipped.lines())}; fetch the file again")
     has_copies = any(int(str(row["index"])) >= _COPIES for row in rows)
     for row in rows:
         number = int(str(row["index"]))
         unit = str(number % _COPIES)
         options = [str(row.get(letter) or "").strip() for letter in _OPTIONS]
         options = options[: max((n for n, text in enumerate(options) if text), default=-1) + 1]
-        answer = ascii_uppercase.find(str(row["answer"]).strip())
-        if not 0 <= answer < len(options):
-            yield Entry(str(number), {}, unit=unit, problem="no answer: the file of a split without answers")
+        letters, answer = list(ascii_uppercase[: len(options)]), str(row["answer"]).strip()
+        if answer not in letters:
+            problem = "no letter of an option as the answer, as in splits without answers"
+            yield Entry(str(number), {}, unit=unit, problem=problem)
             continue
         # A copy names the row that has its image.
         image = images.get(str(row["image"]), row["image"])
         groups = {label: str(row[label]) for label in ("category", "l2-category") if row.get(label)}
         record = {"image": from_base64(str(image)), "question": row["question"], "hint": row.get("hint")}
         for shift in range(1 if has_copies else len(options)):
-            turned = {"choices": options[shift:] + options[:shift], "answer": (answer - shift) % len(options)}
+            right = (letters.index(answer) - shift) % len(options)
+            turned = {"choices": options[shift:] + options[:shift], "answer": right}
             name = str(number + shift * _COPIES)
             yield Entry(name, record | turned, groups, unit=unit)
 

@@ -89,11 +89,15 @@ def integer(text: str, item: Item) -> str | None:
 
 
 def named_class(text: str, item: Item) -> str | None:
-    """Return the only class that the text names; of "night stand" and "stand" the longer one.
+    """Return the only class that the text names; the words "night stand" do not name the class "stand".
 
     The classes are ``item.facts["classes"]``.
     """
-    words = f" {' '.join(caption_words(text))} "
-    found = [name for name in item.facts["classes"] if f" {' '.join(caption_words(name))} " in words]
-    longest = [name for name in found if not any(name != other and name in other for other in found)]
-    return longest[0] if len(longest) == 1 else None
+    words, found = f" {' '.join(caption_words(text))} ", []
+    spelled = {name: f" {' '.join(caption_words(name))} " for name in item.facts["classes"]}
+    for name in sorted(spelled, key=lambda name: -len(spelled[name])):
+        if spelled[name] in words:
+            found.append(name)
+            # The words of a longer name are no mention of a shorter one.
+            words = words.replace(spelled[name], " | ")
+    return found[0] if len(found) == 1 else None

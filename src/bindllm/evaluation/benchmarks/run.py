@@ -11,7 +11,6 @@ import hashlib
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +40,7 @@ from bindllm.evaluation.answering import (
 )
 from bindllm.evaluation.answering.log import changed_question, media_sha256
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
-from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, read_items
+from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, majority_answers, read_items
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
 from bindllm.evaluation.benchmarks.captions import (
     caption_note,
@@ -150,7 +149,7 @@ class Settings:
             raise InputError("give prompt or prompts, not both")
         if self.temperature is not None and not self.samples:
             raise InputError("temperature needs samples: greedy answers have none")
-        for name in ("samples", "temperature"):
+        for name in ("limit", "batch_size", "max_new_tokens", "samples", "temperature"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
         return replace(
@@ -320,7 +319,7 @@ class _Run:
                 lines[variant] = [made[n] for n in positions]
         if self.settings.controls and self.settings.rationales:
             self.notes.append("the controls keep the rationales, which may describe the right media")
-        if self.settings.controls and (baseline := self._baseline(samples, lookup)):
+        if self.settings.controls and (baseline := self._baseline(lookup)):
             name, texts = baseline
             lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
         if self.settings.tokenizer == "ptb":
@@ -449,19 +448,14 @@ class _Run:
             **({} if probability is None else {"probability": round(probability, 6)}),
         }
 
-    def _baseline(self, samples: Sequence[Sample], lookup: Lookup) -> tuple[str, list[str]] | None:
+    def _baseline(self, lookup: Lookup) -> tuple[str, list[str]] | None:
         """Return name and answers of the control without a model; None: it is not defined."""
         if self.benchmark.format == "caption":
-            texts = nearest_captions(self.items, lookup) if len(self.items) > 1 else None
-            return texts and (NEAREST_CAPTION, texts)
-        counts: dict[str, Counter[str]] = {}
-        for item in self.items:
-            own: Sequence[str] = [*dict.fromkeys(item.references)]
-            if item.letter:
-                own = [answer_of(item.row.options, ord(item.letter) - ord("A"))]
-            counts.setdefault(item.row.language, Counter()).update(own)
-        most = {language: own.most_common(1)[0][0] for language, own in counts.items()}
-        return MAJORITY_ANSWER, [most[item.row.language] for item in self.items]
+            if any(texts := nearest_captions(self.items, lookup)):
+                return NEAREST_CAPTION, texts
+            self.notes.append(f"{NEAREST_CAPTION} was not measured: all media are the same")
+            return None
+        return MAJORITY_ANSWER, majority_answers(self.items)
 
 
 def _prompt_sha256(sample: Sample, model: BindLLM) -> Line:

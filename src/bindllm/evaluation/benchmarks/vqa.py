@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bindllm.atomic import read_json
-from bindllm.conversation.messages import FILE_MODALITIES
+from bindllm.conversation.messages import FILE_MODALITIES, RowError
 from bindllm.data.answers import same_answer
-from bindllm.data.formats.columns import json_list
+from bindllm.data.formats.columns import json_list, read_split
 from bindllm.data.report import Skipped
-from bindllm.data.source_config import language_named, split_named
+from bindllm.data.source_config import language_named
 from bindllm.data.tables import READERS, is_table, read_table
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import parsers
@@ -182,11 +182,14 @@ def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")
     if not is_table(folder):
         wanted = [f"{name}{suffix}" for name in names for suffix in READERS]
         path = require(folder, wanted, purpose="a table of questions")
-    skipped, num_rows = Skipped(), 0
+    skipped = Skipped()
     for name, row in read_table(path, (), skipped):
-        if row.get("split") and split_named(row["split"]) != "test":
+        try:
+            if read_split(row, "split") not in (None, "test"):
+                continue
+        except RowError as error:
+            yield Entry(name, {}, problem=str(error))
             continue
-        num_rows += 1
         record = {key: _whole_path(path, value) if key in _FILES else value for key, value in row.items()}
         groups = {label: str(row[label]) for label in ("type", "subset", "language") if row.get(label)}
         if "language" in groups:
@@ -207,6 +210,9 @@ def _whole_path(table: Path, value: Any) -> Any:
     value = json_list(value, (str,))
     if isinstance(value, list):
         return [_whole_path(table, one) for one in value]
+    if isinstance(value, Mapping):
+        # As in data sets of Hugging Face: bytes, a path, or both.
+        return {**value, "path": _whole_path(table, value.get("path"))}
     is_path = isinstance(value, str) and value and not value.lower().startswith(("data:", "file:"))
     return str(table.parent / value) if is_path else value
 
