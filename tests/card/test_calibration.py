@@ -49,6 +49,7 @@ def test_a_model_that_is_too_sure(sure, verdict, error, measured):
             **measured[0].lines["model"][0],
             "unit": str(n),
             "media": [],
+            "media_sha256": str(n),
             "score": float(n % 2),
             "probability": sure,
         }

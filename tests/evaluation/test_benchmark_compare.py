@@ -10,7 +10,8 @@ import pytest
 from bindllm.cli import main
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks.bootstrap import compare_folders
-from bindllm.evaluation.benchmarks.folder import EvaluationFolder
+from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
+from bindllm.evaluation.ngrams import Cider, bleu_sums
 
 
 def write_evaluation(
@@ -82,6 +83,61 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, folders):
         InputError, match=r"has no evaluation.json; give a folder that bindllm evaluate wrote"
     ):
         compare_folders(folders[0], tmp_path)
+
+
+def test_other_questions_and_media_of_the_same_ids_are_noted(tmp_path, folders):
+    a, b = (write_evaluation(tmp_path / name, ["yes"] * 3) for name in ("one", "two"))
+    file = b / "pope/items.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["question"] = "Is it not?"
+    # Of another folder, and one of other content.
+    lines[1] |= {"media": ["/other/a.png"], "media_sha256": "1"}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = compare_folders(a, b)
+    assert found.notes == [
+        "1 questions have another text on the other side",
+        "1 questions are about media with another content on the other side",
+    ]
+    assert found.count == 3
+    b.joinpath("copy").mkdir()
+    for name in ("items.jsonl", "evaluation.json"):
+        b.joinpath("copy", name).write_bytes(b.joinpath("pope", name).read_bytes())
+    with pytest.raises(InputError, match=r"two/copy and .*two/pope are both evaluations of pope; give one"):
+        compare_folders(a, b)
+
+
+def test_captions_of_a_part_are_compared_by_the_weights_of_the_part(tmp_path):
+    said = ["a red dog", "a blue cat", "a red table"]
+    true = [["a red dog runs"], ["a blue dog"], ["the red table", "a table"]]
+
+    def write(name, count):
+        weights = Cider([[text.split() for text in texts] for texts in true[:count]])
+        lines = []
+        for n in range(count):
+            score = weights.score(said[n].split(), [text.split() for text in true[n]])
+            line = {
+                "id": str(n),
+                "unit": str(n),
+                "question": "",
+                "media": [],
+                "groups": {},
+                "variant": "model",
+            }
+            line |= {"target": true[n], "answer": said[n], "parsed": said[n], "score": score}
+            stats = bleu_sums(said[n].split(), [text.split() for text in true[n]])
+            lines.append(line | {"stats": {**stats, "cider": score, "rouge_l": 1.0, "exact_match": 0.0}})
+        facts = {"format": 1, "benchmark": "captions", "metric": "captions", "checkpoint": name, "title": ""}
+        facts |= {"settings": {"tokenizer": "python"}, "notes": [], "skipped": {}, "counts": {"items": count}}
+        EvaluationFolder(tmp_path / name).close(facts, {"model": lines})
+        return tmp_path / name
+
+    whole, part = write("whole", 3), write("part", 2)
+    (found,) = compare_folders(whole, part)
+    assert (found.won, found.lost) == ([], [])
+    assert found.difference["cider"]["value"] == 0
+    scores = [line["score"] for line in find_evaluations(part)["captions"].lines["model"]]
+    assert found.a["cider"]["value"] == pytest.approx(sum(scores) / 2)
+    assert scores[0] != find_evaluations(whole)["captions"].lines["model"][0]["score"]
 
 
 def test_the_command_prints_both_sides(folders, capsys, tmp_path):

@@ -197,6 +197,24 @@ def test_captions_in_several_languages_have_groups_prompts_and_a_baseline_of_the
         measure("captions", root=tmp_path, prompts={"fr": "Quoi ?"}, output="none")
 
 
+def test_the_caption_of_the_media_itself_is_not_copied(measure, tmp_path):
+    rows = [("red", "one", "en"), ("blue", "two", "en"), ("white", "rouge", "fr")]
+    for n, (color, _, _) in enumerate(rows):
+        image(tmp_path / f"{n}.png", color)
+    table = tmp_path / "captions.jsonl"
+    lines = [
+        {"image": f"{n}.png", "caption": text, "language": code} for n, (_, text, code) in enumerate(rows)
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    done = measure("captions", root=tmp_path)
+    assert [one["answer"] for one in done.lines["nearest_caption"]] == ["two", "one", ""]
+    for n in range(3):
+        image(tmp_path / f"{n}.png", "red")
+    done = measure("captions", root=tmp_path, output="same")
+    assert "nearest_caption" not in done.lines
+    assert "nearest_caption was not measured: all media are the same" in done.facts["notes"]
+
+
 def test_files_that_have_changed_are_refused(measure, folder):
     measure()
     table = folder / "output/coco/coco_pope_random.json"
@@ -271,10 +289,11 @@ def test_images_of_another_task_are_not_taken(tmp_path):
 
 def test_repeated_ids_are_counted_and_both_questions_are_asked(tmp_path):
     entry = {"image": str(image(tmp_path / "a.png")), "question": "What?", "answer": "x"}
-    repeated = Benchmark("mine", "mine", lambda _: [Entry("7", entry)] * 2, {"whole": whole}, ACCURACY)
+    entries = [Entry(name, entry) for name in ("7", "7", "7#2", "7")]
+    repeated = Benchmark("mine", "mine", lambda _: entries, {"whole": whole}, ACCURACY)
     found = read_items(repeated, tmp_path, prompt="{question}")
-    assert [item.id for item in found.items] == ["7", "7#2"]
-    assert found.duplicates == 1
+    assert [item.id for item in found.items] == ["7", "7#2", "7#2#2", "7#3"]
+    assert found.duplicates == 3
 
 
 def test_a_model_without_the_encoder_is_refused_before_the_first_item(measure, tmp_path, model):
@@ -317,6 +336,32 @@ def test_intervals_resample_media_not_questions():
     apart = [line(n, parsed="yes" if n % 2 else "no") for n in range(20)]
     assert intervals(lines, ACCURACY)["accuracy"] == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 20}
     assert 0.2 < intervals(apart, ACCURACY)["accuracy"]["low"] < 0.4
+    # Images in a table have no name, and copies of an image have several.
+    for names in ([[]] * 20, [[f"{n}.png"] for n in range(20)]):
+        same = [
+            one | {"media": own, "media_sha256": str(n % 2)}
+            for n, (one, own) in enumerate(zip(apart, names, strict=True))
+        ]
+        assert intervals(same, ACCURACY) == intervals(lines, ACCURACY)
+
+
+def test_few_questions_show_little():
+    """One image is one observation, and three that agree have p = 0.25 in a sign test."""
+    right = [line(n, media=["a.png"]) for n in range(9)]
+    wrong = [one | {"score": 0.0} for one in right]
+    assert intervals(right, ACCURACY)["accuracy"] == {"value": 1.0, "low": None, "high": None, "n": 9}
+    found = differences(wrong, right, ACCURACY)["accuracy"]
+    assert found == {"value": 1.0, "low": None, "high": None, "n": 9, "p": 1.0}
+    told = media_sentence({"model": right, "no_media": wrong}, ACCURACY)
+    assert told.startswith(
+        "It is not shown that the score needs the media: accuracy is 1.000 with the media and"
+    )
+    assert "(difference 1.000, all about the same media, so without an interval, 9 questions)" in told
+    right = [line(n) for n in range(3)]
+    wrong = [one | {"score": 0.0} for one in right]
+    assert differences(wrong, right, ACCURACY)["accuracy"]["p"] == 0.25
+    told = media_sentence({"model": right, "no_media": wrong}, ACCURACY)
+    assert told.startswith("It is not shown that the score needs the media")
 
 
 def test_a_sentence_says_whether_the_score_needs_the_media():
@@ -497,8 +542,8 @@ def test_the_most_frequent_of_several_samples_counts(measure, tmp_path, monkeypa
     assert asked == first
     with pytest.raises(InputError, match="voted_by 'letter'"):
         measure("scienceqa", output="again", parser="the_answer_is", **options)
-    for wrong in ({"temperature": 1.0}, {"samples": 0}, {"samples": 2, "choose": "likelihood"}):
-        with pytest.raises(InputError, match="samples|temperature"):
+    for wrong in ({"temperature": 1.0}, {"samples": 0}, {"samples": 2, "choose": "likelihood"}, {"limit": 0}):
+        with pytest.raises(InputError, match="samples|temperature|limit is 0, expected more than 0"):
             measure("scienceqa", root=root, output="wrong", **wrong)
 
 
@@ -581,7 +626,14 @@ def test_paths_and_ids_of_a_table_of_questions(tmp_path):
         {"id": 0, "images": ["a.png", "/b.png"], "question": "?"},
         {"image": "file:///c.png", "images": '["a.png"]'},
     ]
+    rows += [
+        {"image": {"bytes": None, "path": "d.png"}, "split": " test"},
+        {"split": "TEST"},
+        {"split": "train"},
+    ]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_questions(tmp_path)
+    first, second, third, fourth = read_questions(tmp_path)
+    assert third.record["image"] == {"bytes": None, "path": f"{tmp_path}/d.png"}
+    assert fourth.problem.startswith("unknown split 'TEST'")
     assert (first.id, first.record["images"]) == ("0", [f"{tmp_path}/a.png", "/b.png"])
     assert second.record == {"image": "file:///c.png", "images": [f"{tmp_path}/a.png"]}

@@ -114,4 +114,9 @@ def _digits(value: float) -> str:
 def percent(number: Number) -> str:
     """Return a share with its interval, see `number_text`."""
     value, low, high = (number[key] for key in ("value", "low", "high"))
-    return f"{value:.1%}" if low == high else f"{value:.1%} ({low:.1%} to {high:.1%})"
+    return f"{value:.1%}" if low is None or low == high else f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def is_inside(value: float, number: Number) -> bool:
+    """Return whether a value is in the interval of a number; one without an interval shows nothing."""
+    return number["low"] is None or number["low"] <= value <= number["high"]

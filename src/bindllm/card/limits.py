@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bindllm.card.evidence import mean, number_text, percent, share
+from bindllm.card.evidence import is_inside, mean, number_text, percent, share
 from bindllm.evaluation.benchmarks.bootstrap import Number
 from bindllm.evaluation.benchmarks.folder import Evaluation
 from bindllm.evaluation.benchmarks.metrics import Line
@@ -111,7 +111,7 @@ def calibration_lines(one: Evaluation) -> list[str]:
         place = min(int(line["probability"] * _BINS), _BINS - 1)
         bins.setdefault(place, []).append(line["score"] - line["probability"])
     error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(lines)
-    if right["low"] <= sure <= right["high"]:
+    if is_inside(sure, right):
         verdict = "neither too sure nor too unsure is shown"
     else:
         verdict = f"the model is too {'sure' if sure > right['value'] else 'unsure'}"
@@ -128,7 +128,7 @@ def yes_lines(one: Evaluation) -> list[str]:
         return []
     given = share(asked, [_answer(line) == "yes" for line in asked])
     true = sum(_targets(line) == ["yes"] for line in asked) / len(asked)
-    if given["low"] <= true <= given["high"]:
+    if is_inside(true, given):
         verdict = "no bias is shown"
     else:
         verdict = f"the model says yes too {'often' if given['value'] > true else 'rarely'}"

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bindllm.errors import InputError
+from bindllm.evaluation.benchmarks.captions import score_again
 from bindllm.evaluation.benchmarks.folder import Evaluation, find_evaluations
-from bindllm.evaluation.benchmarks.metrics import Line, Metric, Sums
+from bindllm.evaluation.benchmarks.metrics import CAPTIONS, Line, Metric, Sums
 from bindllm.evaluation.task import MODEL
 
 RESAMPLES = 1000
@@ -33,54 +34,72 @@ _SCORING = (
         "max_new_tokens",
         "samples",
         "temperature",
+        "seed",
     ),
     "rationales",
 )
 """Settings that change scores; a difference may come from them, and not from the models."""
 
 Number = dict[str, Any]
-"""``value``, ``low`` and ``high`` of the interval, None if not defined, and ``n``, the number of questions."""
+"""``value``, ``low`` and ``high`` of the interval, None if not defined, and ``n``, the number of questions.
+
+Questions about a single image have no interval: it would be one of a single observation.
+"""
 
 
 class Table(NamedTuple):
     """Sums of clusters: [C, S].
 
     Args:
-        clusters: names, [C].
         names: names of the sums, [S].
         sums: the sums.
     """
 
-    clusters: list[str]
     names: list[str]
     sums: np.ndarray
 
 
-def cluster_of(line: Line) -> str:
-    """Return the name that questions about the same media share; without named media, that of the unit."""
-    return "\n".join(line["media"]) or line["unit"]
+def clusters_of(lines: Sequence[Line]) -> list[int]:
+    """Return the number of the cluster of each line: units about the same media share one.
+
+    Media are the same if they have the same names or the same content: the folders of MME have copies of an image, and
+    images inside a table have no name. Of a unit with several media the first one counts, as pairs of images would
+    connect all others.
+    """
+    units: dict[str, int] = {}
+    numbers: dict[object, int] = {}
+    for line in lines:
+        if line["unit"] in units:
+            continue
+        keys = [key for key in (tuple(line["media"]), line.get("media_sha256")) if key]
+        number = next((numbers[key] for key in keys if key in numbers), len(units))
+        units[line["unit"]] = number
+        for key in keys:
+            numbers.setdefault(key, number)
+    return [units[line["unit"]] for line in lines]
 
 
-def table_of(lines: Sequence[Line], metric: Metric) -> Table:
-    """Return the sums of each cluster; lines of a unit count together."""
+def table_of(lines: Sequence[Line], clusters: Sequence[int], metric: Metric) -> Table:
+    """Return the sums of each cluster, in the order of their first lines; lines of a unit count together."""
     units: dict[str, list[Line]] = {}
     for line in lines:
         units.setdefault(line["unit"], []).append(line)
-    clusters: dict[str, dict[str, float]] = {}
-    for unit in units.values():
-        own = clusters.setdefault(cluster_of(unit[0]), {})
-        for name, value in metric.sums(unit).items():
-            own[name] = own.get(name, 0.0) + value
-    names = list(dict.fromkeys(name for own in clusters.values() for name in own))
-    sums = np.array([[own.get(name, 0.0) for name in names] for own in clusters.values()], dtype=float)
-    return Table(list(clusters), names, sums)
+    cluster = {line["unit"]: number for line, number in zip(lines, clusters, strict=True)}
+    found: dict[int, dict[str, float]] = {}
+    for name, unit in units.items():
+        own = found.setdefault(cluster[name], {})
+        for key, value in metric.sums(unit).items():
+            own[key] = own.get(key, 0.0) + value
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    sums = np.array([[own.get(name, 0.0) for name in names] for own in found.values()], dtype=float)
+    return Table(names, sums)
 
 
 def intervals(lines: Sequence[Line], metric: Metric) -> dict[str, Number]:
     """Return every number of a metric with its interval; empty without lines."""
     if not lines:
         return {}
-    table = table_of(lines, metric)
+    table = table_of(lines, clusters_of(lines), metric)
     values, resampled = _values(metric, table)
     return {name: _number(values[name], resampled[name], len(lines)) for name in values}
 
@@ -100,10 +119,15 @@ def by_group(lines: Sequence[Line], metric: Metric) -> dict[str, dict[str, dict[
 def differences(a: Sequence[Line], b: Sequence[Line], metric: Metric) -> dict[str, Number]:
     """Return the numbers of B minus those of A, with intervals and ``p``, for lines of the same questions.
 
-    ``p`` is two-sided: twice the share of resamples on the less frequent side of 0, at least 1 / `RESAMPLES`.
+    ``p`` is two-sided: twice the share of resamples on the less frequent side of 0. It is at least 1 / `RESAMPLES`, and
+    at least that of a sign test in which all clusters that differ agree, as a few of them show nothing.
     """
-    tables = [table_of(lines, metric) for lines in (a, b)]
-    assert tables[0].clusters == tables[1].clusters
+    # Those of one side, as the other one may have found the same media in another folder.
+    clusters = clusters_of(a)
+    tables = [table_of(lines, clusters, metric) for lines in (a, b)]
+    sums = [dict(zip(table.names, table.sums.T, strict=True)) for table in tables]
+    differ = [sums[0][name] != sums[1][name] for name in sums[0].keys() & sums[1].keys()]
+    smallest = max(1 / RESAMPLES, 2.0 ** (1 - int(np.any(differ, axis=0).sum())))
     # The same seed draws the same clusters on both sides.
     (before, drawn_before), (after, drawn_after) = (_values(metric, table) for table in tables)
     found = {}
@@ -113,7 +137,7 @@ def differences(a: Sequence[Line], b: Sequence[Line], metric: Metric) -> dict[st
         number = _number(after[name] - before[name], drawn, len(a))
         drawn = drawn[np.isfinite(drawn)]
         sides = min((drawn <= 0).mean(), (drawn >= 0).mean()) if len(drawn) else 0.5
-        found[name] = {**number, "p": min(1.0, max(2 * float(sides), 1 / RESAMPLES))}
+        found[name] = {**number, "p": min(1.0, max(2 * float(sides), smallest))}
     return found
 
 
@@ -124,7 +148,9 @@ def _values(metric: Metric, table: Table) -> tuple[Mapping[str, float], Sums]:
         return metric.values(dict(zip(table.names, sums.T, strict=True)))
 
     whole = {name: float(value[0]) for name, value in numbers(table.sums.sum(0, keepdims=True)).items()}
-    return whole, numbers(np.array(list(_resample(table.sums))))
+    # A single cluster is always drawn, which says nothing about others.
+    resampled = list(_resample(table.sums)) if len(table.sums) > 1 else [np.full(len(table.names), np.nan)]
+    return whole, numbers(np.array(resampled))
 
 
 def _resample(sums: np.ndarray) -> Iterator[np.ndarray]:
@@ -174,18 +200,24 @@ def media_sentence(lines: Mapping[str, Sequence[Line]], metric: Metric) -> str:
         scores = [
             intervals(part, metric)[metric.main]["value"] for part in (own, [known[x["id"]] for x in own])
         ]
-        if number["low"] is not None and None not in scores:
+        if None not in scores:
             differ[f"{scores[0]:.3f} with the media and {scores[1]:.3f} {words}"] = number
     if not differ:
         return "It was not measured whether the score needs the media."
     facts = "; ".join(
-        f"{words} (difference {number['value']:.3f}, {LEVEL} % {number['low']:.3f} to {number['high']:.3f}, "
-        f"{number['n']:,} questions)"
+        f"{words} (difference {number['value']:.3f}, {_range_text(number)}, {number['n']:,} questions)"
         for words, number in differ.items()
     )
-    needed = all(number["low"] > 0 for number in differ.values())
+    # A few questions may have an interval above 0 by chance, which their p says.
+    needed = all((number["low"] or 0) > 0 and number["p"] <= 1 - LEVEL / 100 for number in differ.values())
     start = "The score needs the media" if needed else "It is not shown that the score needs the media"
     return f"{start}: {metric.main} is {facts}."
+
+
+def _range_text(number: Number) -> str:
+    if number["low"] is None:
+        return "all about the same media, so without an interval"
+    return f"{LEVEL} % {number['low']:.3f} to {number['high']:.3f}"
 
 
 @dataclass
@@ -258,16 +290,27 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     pairs = [(x, y) for x, y in pairs if x["unit"] not in cut]
     if not pairs:
         raise InputError(f"{a.folder} and {b.folder} have no question in common; use the same limit")
+    settings = [evaluation.facts["settings"] for evaluation in (a, b)]
+    if metric is CAPTIONS and len(pairs) < max(len(one.lines[MODEL]) for one in (a, b)):
+        # The weights of words in CIDEr-D are those of all captions of an evaluation.
+        sides = [
+            score_again(side, own.get("tokenizer", "python"))
+            for side, own in zip(zip(*pairs, strict=True), settings, strict=True)
+        ]
+        pairs = list(zip(*sides, strict=True))
     ours, theirs = [x for x, _ in pairs], [y for _, y in pairs]
     # Stable, so that equal differences stay in the order of the questions.
     gains = sorted(pairs, key=lambda pair: pair[0]["score"] - pair[1]["score"])
     losses = sorted(pairs, key=lambda pair: pair[1]["score"] - pair[0]["score"])
-    settings = [evaluation.facts["settings"] for evaluation in (a, b)]
     notes = [
         f"{name} differs: {settings[0].get(name)!r} and {settings[1].get(name)!r}"
         for name in _SCORING
         if settings[0].get(name) != settings[1].get(name)
     ]
+    # Another frame of all questions is in the notes already.
+    if not any(name in note.split()[0] for note in notes for name in ("prompt", "rationales")):
+        notes += _count_text(pairs, "question", "have another text")
+    notes += _count_text(pairs, "media_sha256", "are about media with another content")
     notes += [
         f"{len(evaluation.lines[MODEL]) - len(pairs):,} questions of {evaluation.folder} are not compared"
         for evaluation in (a, b)
@@ -289,6 +332,12 @@ def _others(evaluation: Evaluation, pairs: Sequence[tuple[Line, Line]]) -> list[
     """Return the lines of an evaluation that are in no pair."""
     paired = {x["id"] for x, _ in pairs}
     return [line for line in evaluation.lines[MODEL] if line["id"] not in paired]
+
+
+def _count_text(pairs: Sequence[tuple[Line, Line]], key: str, words: str) -> list[str]:
+    """Return a note if questions of the same id differ, as the published files of one side were changed."""
+    count = sum(x.get(key) != y.get(key) for x, y in pairs)
+    return [f"{count:,} questions {words} on the other side"] if count else []
 
 
 def _scores(a: Line, b: Line) -> dict[str, float]:

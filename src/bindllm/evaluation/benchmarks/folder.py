@@ -89,13 +89,20 @@ def find_evaluations(folder: str | Path) -> dict[str, Evaluation]:
     """Return the finished evaluations of a folder by benchmark: its own, or those in its subfolders.
 
     Raises:
-        InputError: it has none.
+        InputError: it has none, or several of one benchmark.
     """
     folder = Path(folder)
     folders = [file.parent for file in (*folder.glob(EVALUATION), *sorted(folder.glob(f"*/{EVALUATION}")))]
     if not folders:
         raise InputError(f"{folder} has no {EVALUATION}; give a folder that bindllm evaluate wrote")
-    return {evaluation.name: evaluation for evaluation in map(read_evaluation, folders)}
+    found: dict[str, Evaluation] = {}
+    for one in map(read_evaluation, folders):
+        if one.name in found:
+            raise InputError(
+                f"{found[one.name].folder} and {one.folder} are both evaluations of {one.name}; give one of them"
+            )
+        found[one.name] = one
+    return found
 
 
 class EvaluationFolder(AnswerLog):
