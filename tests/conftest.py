@@ -46,6 +46,18 @@ def _the_disk_is_not_waited_for():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _transformers_is_muted_once():
+    """Each change of a level clears the caches of all loggers: thousands of them, whenever a model is loaded."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    change = logging.set_verbosity
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "set_verbosity", lambda level: level == logging.get_verbosity() or change(level))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
 

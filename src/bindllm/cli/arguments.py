@@ -16,6 +16,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -73,12 +74,7 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     Raises:
         UsageError: unknown options, missing arguments, or values of a wrong type.
     """
-    # The fields of our dataclasses are documented below each of them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # Two parsers: the schema knows types and docstrings, argparse knows words, positions and usage lines.
-    schema = ArgumentParser(exit_on_error=False)
-    schema.add_function_arguments(function, as_group=False, skip={OVERRIDES})
-    parser, keys = _parser(name, function, {action.dest: action.help for action in schema._actions})
+    schema, parser, keys = _parsers(name, function)
     # A shell expands ~ at the start of a word, not after --option=.
     words = [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), word) for word in words]
     takes_overrides = OVERRIDES in inspect.signature(function).parameters
@@ -135,6 +131,17 @@ def refuse_together(**options: Any) -> None:
     given = [f"--{name}" for name, value in options.items() if value not in (None, False, ())]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be given together; choose one")
+
+
+@cache
+def _parsers(name: str, function: Callable[..., int]) -> tuple[ArgumentParser, _Words, dict[str, str]]:
+    """Return the two parsers of a command, and the key of the schema for each of its arguments."""
+    # The fields of our dataclasses are documented below each of them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # The schema knows types and docstrings, argparse knows words, positions and usage lines.
+    schema = ArgumentParser(exit_on_error=False)
+    schema.add_function_arguments(function, as_group=False, skip={OVERRIDES})
+    return schema, *_parser(name, function, {action.dest: action.help for action in schema._actions})
 
 
 def _parser(
