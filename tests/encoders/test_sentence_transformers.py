@@ -10,7 +10,7 @@ from PIL import Image
 from test_huggingface import bert, clip
 from torch.nn.functional import normalize
 
-from bindllm.encoders import SentenceTransformers
+from bindllm.encoders import SentenceTransformers, Tuned
 from bindllm.encoders.hub import _DOWNLOADED
 from bindllm.errors import EncoderError, InputError
 from bindllm.media import Media
@@ -52,6 +52,24 @@ def test_texts_through_a_dense_layer(sentences):
     # A chat template writes the texts that the model reads.
     (sentences / "chat_template.jinja").write_text("{{ messages }}")
     assert SentenceTransformers(str(sentences)).fingerprint() != encoder.fingerprint()
+
+
+def test_the_blocks_of_a_pipeline_are_trained(sentences):
+    entry = {"class_path": "bindllm.encoders.SentenceTransformers", "init_args": {"name": str(sentences)}}
+    encoder, plain = Tuned(entry, blocks=1), SentenceTransformers(str(sentences))
+    assert torch.equal(embed(encoder, "text", TEXTS), embed(plain, "text", TEXTS))
+    for parameter in encoder.parameters().values():
+        parameter.requires_grad_(True)
+    embed(encoder, "text", TEXTS)[:, 0].sum().backward()
+    first, *rest = encoder.base.blocks("text")
+    assert len(rest) == len(plain.blocks("text")) - 1 > 0
+    assert all(
+        parameter.grad.any() for name, parameter in encoder.parameters().items() if "key.bias" not in name
+    )
+    assert all(parameter.grad is None for parameter in first.parameters())
+    entry["init_args"]["dtype"] = "bfloat16"
+    with pytest.raises(InputError, match="set its dtype to float32"):
+        Tuned(entry, blocks=1).parameters()
 
 
 def test_texts_that_are_cut_are_reported(sentences):

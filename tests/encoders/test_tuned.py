@@ -109,7 +109,12 @@ def test_blocks_are_found_in_models_of_transformers(make, modality, expected, co
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Tuned({"name": "x"}), "takes an encoder with its class_path"),
+        (lambda: Tuned({"name": "x"}), "takes an encoder as {class_path: .*, not {'name': 'x'}"),
+        (lambda: Tuned(BlockEncoder()), "takes an encoder as .*, not a BlockEncoder"),
+        (
+            lambda: Tuned({"class_path": "bindllm.encoders.Tuned", "init_args": tuned().config}).modalities,
+            "around another Tuned",
+        ),
         (lambda: tuned(blocks=0), "blocks 0, expected a whole number of at least 1"),
         (lambda: tuned(rank=2.5), "rank 2.5, expected"),
         (lambda: tuned(blocks=4).parameters(), "blocks 4, and BlockEncoder has 3 of them"),

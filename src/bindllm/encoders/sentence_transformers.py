@@ -7,24 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from bindllm.atomic import read_json
 from bindllm.encoders import fingerprint, once
+from bindllm.encoders.families import find_blocks
 from bindllm.encoders.hub import find_folder, loading, never_ask
-from bindllm.errors import EncoderError, InputError, MediaError, needs_extra
+from bindllm.errors import EncoderError, InputError, MediaError, check_choice, needs_extra
 from bindllm.media import Media, open_image
 from bindllm.media.audio import cut_audio
 from bindllm.media.limits import warn
 from bindllm.media.video import read_frames
 
 # Raise the number when other numbers come out for the same media: stored embeddings are then computed again.
-_REVISION = "sentence-transformers 1"
+_REVISION = "sentence-transformers 2"
 
 _SERVED = ("text", "image", "audio", "video")
 _OWN = "sentence_transformers."
@@ -47,6 +48,7 @@ class SentenceTransformers:
         prompt: text before each text, such as ``query: ``; None: the model's own default.
         audio_rate: samples a second of the audio that the model reads.
         frames: frames of a video.
+        dtype: "float32" or "bfloat16"; None: that of the folder. A `Tuned` encoder needs float32.
         space: name of the joint space, when it is that of other encoders; by default one of its own.
 
     Raises:
@@ -66,11 +68,14 @@ class SentenceTransformers:
         prompt: str | None = None,
         audio_rate: int = 16_000,
         frames: int = 16,
+        dtype: Literal["float32", "bfloat16"] | None = None,
         space: str | None = None,
     ) -> None:
         for key, value in (("dimensions", dimensions), ("audio_rate", audio_rate), ("frames", frames)):
             if value is not None and value < 1:
                 raise InputError(f"{key} is {value}, expected at least 1")
+        if dtype is not None:
+            check_choice("dtype", dtype, ("float32", "bfloat16"))
         self.config: dict[str, Any] = {
             "name": str(name),
             "revision": revision,
@@ -79,6 +84,7 @@ class SentenceTransformers:
             "prompt": prompt,
             "audio_rate": audio_rate,
             "frames": frames,
+            "dtype": dtype,
             "space": space,
         }
         self.space = space or (f"{name}@{revision}" if revision else str(name))
@@ -112,7 +118,9 @@ class SentenceTransformers:
 
     @once
     def _fingerprint(self) -> str:
-        settings = {key: self.config[key] for key in ("dimensions", "prompt", "audio_rate", "frames")}
+        settings = {
+            key: self.config[key] for key in ("dimensions", "prompt", "audio_rate", "frames", "dtype")
+        }
         parts: list[str | Path] = []
         for file in sorted(file for file in self._folder.rglob("*") if file.suffix in _SETTINGS):
             parts += [file.relative_to(self._folder).as_posix(), file]
@@ -178,11 +186,32 @@ class SentenceTransformers:
         }
         return torch.stack([frames[number] for number in places])
 
-    @torch.no_grad()
     def embed(self, modality: str, inputs: Sequence[Tensor]) -> Tensor:
         """Return the embeddings of prepared media: [B, E], float32, unit norm."""
         rows = self._encode(modality, [self._plain(modality, item) for item in inputs])
         return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+    def blocks(self, modality: str) -> list[nn.Module]:
+        """Return the blocks of the transformer for a modality, in order.
+
+        Raises:
+            EncoderError: several transformers, as for queries and documents, or none.
+        """
+        from transformers import PreTrainedModel
+
+        models: dict[str, nn.Module] = {}
+        for path, part in self._model.named_modules():
+            # Parents come first: a tower inside of a model is not one more.
+            if isinstance(part, PreTrainedModel) and not any(path.startswith(f"{one}.") for one in models):
+                models[path] = part
+        if len(models) != 1:
+            raise EncoderError(
+                f"{self._name} has {len(models)} transformers, and the blocks of one can be trained; use a model with "
+                "one, or this encoder without Tuned"
+            )
+        (model,) = models.values()
+        # The tower of a modality, as in CLIP, or else the longest list.
+        return find_blocks(model, modality, joint=True) or find_blocks(model, modality, joint=False)
 
     def _plain(self, modality: str, item: Tensor) -> Any:
         """Return prepared media as the library takes them."""
@@ -199,17 +228,16 @@ class SentenceTransformers:
     def _encode(self, modality: str, values: Sequence[Any]) -> Tensor:
         # Named by their modality: a text such as cat.jpg would be taken for a file.
         given = [{modality: value} for value in values]
-        options = (
-            {} if self.config["prompt"] is None or modality != "text" else {"prompt": self.config["prompt"]}
-        )
-        return self._model.encode(
-            given,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-            truncate_dim=self.config["dimensions"],
-            device=str(self._device),
-            **options,
-        )
+        model, prompt = self._model, self.config["prompt"] if modality == "text" else None
+        if prompt is None:
+            prompt = model.prompts.get(model.default_prompt_name)
+        # Not `encode`, which computes no gradient.
+        fields = model.preprocess(given, prompt=prompt)
+        on_device = {
+            key: value.to(self._device) if isinstance(value, Tensor) else value
+            for key, value in fields.items()
+        }
+        return model(on_device)["sentence_embedding"][:, : self.config["dimensions"] or model.truncate_dim]
 
     @property
     def _name(self) -> str:
@@ -247,4 +275,6 @@ class SentenceTransformers:
             model = SentenceTransformer(
                 str(self._folder), device=str(self._device), trust_remote_code=False, local_files_only=True
             )
+        if self.config["dtype"] is not None:
+            model.to(getattr(torch, self.config["dtype"]))
         return model.eval().requires_grad_(False)

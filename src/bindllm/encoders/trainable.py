@@ -147,7 +147,11 @@ class Tuned:
         allow: list[str] | None = None,
     ) -> None:
         if not isinstance(encoder, Mapping) or not isinstance(encoder.get("class_path"), str):
-            raise InputError(f"Tuned takes an encoder with its class_path, not {encoder!r}")
+            given = repr(encoder) if isinstance(encoder, Mapping | str) else f"a {type(encoder).__name__}"
+            raise InputError(
+                "Tuned takes an encoder as {class_path: bindllm.encoders.EfficientNetLite, init_args: {...}}, not "
+                f"{given}"
+            )
         for name, value in (("blocks", blocks), ("rank", rank)):
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(
@@ -166,11 +170,13 @@ class Tuned:
             InputError: it has no blocks, or serves several modalities or another one than the setting names.
         """
         made = build_tower(self._entry["class_path"], self._entry.get("init_args") or {}, allow=self._allow)
+        if isinstance(made, Tuned):
+            raise InputError("Tuned is around another Tuned: name the encoder itself in it")
         name, served, chosen = type(made).__name__, made.modalities, self.settings["modality"]
         if not isinstance(made, HasBlocks):
             raise InputError(
-                f"{name} has no blocks that can be trained (a method `blocks`, see bindllm.encoders.HasBlocks); name "
-                "EfficientNetLite, HuggingFace or ImageBind under Tuned, or use this encoder without Tuned"
+                f"{name} has no blocks that can be trained (a method `blocks`, see bindllm.encoders.HasBlocks); use it "
+                "without Tuned. EfficientNetLite, HuggingFace, ImageBind, PointBind and SentenceTransformers have blocks"
             )
         if chosen not in served and not (chosen is None and len(served) == 1):
             raise InputError(

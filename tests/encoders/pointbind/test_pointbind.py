@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bindllm.encoders import PointBind
+from bindllm.encoders import PointBind, Tuned
 from bindllm.encoders.pointbind.networks import I2PMAE
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
@@ -40,6 +40,20 @@ def test_batches_of_unequal_clouds_equal_single_ones(encoder):
         alone = encoder.embed("point", [one], tokens=True)
         assert (alone.embeddings[0] - row).abs().max() < 1e-6
         assert (alone.tokens[0] - group).abs().max() < 1e-5
+
+
+def test_its_blocks_are_trained(encoder):
+    entry = {"class_path": "bindllm.encoders.PointBind", "init_args": encoder.config}
+    tuned = Tuned(entry)
+    inputs = [tuned.prepare(media) for media in clouds(200, 30)]
+    assert torch.equal(tuned.embed("point", inputs), encoder.embed("point", inputs))
+    for parameter in tuned.parameters().values():
+        parameter.requires_grad_(True)
+    tuned.embed("point", inputs)[:, :9].sum().backward()
+    # Blocks of all levels.
+    numbers = {int(name.partition(".")[0]) for name, value in tuned.parameters().items() if value.grad.any()}
+    assert numbers == set(range(5 if isinstance(encoder.network, I2PMAE) else 2))
+    assert not encoder.embed("point", inputs).requires_grad
 
 
 def test_tokens_are_those_of_the_groups(encoder):

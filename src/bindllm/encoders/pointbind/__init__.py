@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bindllm.encoders import Embedded, fingerprint, once
 from bindllm.encoders.pointbind.cloud import fit_cloud
@@ -21,6 +21,7 @@ from bindllm.encoders.pointbind.networks import (
     EMBEDDING_SIZE,
     I2PMAE,
     WEIGHTS,
+    Block,
     PointBert,
     load_network,
     read_config,
@@ -135,7 +136,6 @@ class PointBind:
     @overload
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: Literal[True]) -> Embedded: ...
 
-    @torch.no_grad()
     def embed(self, modality: str, inputs: Sequence[Tensor], *, tokens: bool = False) -> Tensor:
         """Return the embeddings of prepared clouds: [B, 1024], float32, unit norm, on the encoder's device.
 
@@ -170,3 +170,7 @@ class PointBind:
                 parts.append(embeddings)
                 groups += rows.unbind(0) if tokens else ()
         return Embedded(torch.cat(parts), groups) if tokens else torch.cat(parts)
+
+    def blocks(self, modality: str) -> list[nn.Module]:
+        """Return the blocks of the transformer, in order; of I2P-MAE those of all levels."""
+        return [part for part in self.network.modules() if isinstance(part, Block)]
