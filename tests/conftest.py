@@ -53,7 +53,9 @@ def _transformers_is_muted_once():
     logging.set_verbosity_error()
     change = logging.set_verbosity
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging, "set_verbosity", lambda level: level == logging.get_verbosity() or change(level))
+        patch.setattr(
+            logging, "set_verbosity", lambda level: level == logging.get_verbosity() or change(level)
+        )
         yield
 
 

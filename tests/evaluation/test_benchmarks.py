@@ -10,7 +10,7 @@ import pytest
 from benchmark_parts import BUILDERS
 from bindllm.data.formats import answer_of
 from bindllm.errors import InputError
-from bindllm.evaluation.benchmarks import BENCHMARKS
+from bindllm.evaluation.benchmarks import BENCHMARKS, bootstrap
 from bindllm.evaluation.benchmarks.benchmark import read_items
 from bindllm.evaluation.benchmarks.run import evaluate
 from cache_parts import Multimodal
@@ -21,6 +21,11 @@ class Everything(Multimodal):
     """Also serves videos and point clouds, whose files it does not open."""
 
     modalities = (*Multimodal.modalities, "video", "point")
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 50)
 
 
 @pytest.fixture(scope="module")

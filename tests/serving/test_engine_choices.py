@@ -125,25 +125,30 @@ CHUNKED = [
 ]
 
 
-# One token at a time takes seconds, and two families say as much of it as all.
-@pytest.mark.parametrize(
-    ("family", "parts", "changes", "prefill"),
-    [
-        pytest.param(*one, size, marks=pytest.mark.slow if size == 1 and number > 1 else ())
-        for number, one in enumerate(CHUNKED)
-        for size in (1, 7, 64)
-    ],
-)
-def test_prompts_in_chunks_have_the_answers_of_whole_ones(family, parts, changes, prefill):
-    model = build(parts, family, **changes)
-    draw = random.Random(prefill)
+def check_chunks(model, *sizes: int) -> None:
+    draw = random.Random(7)
     requests = [draw_request(draw) for _ in range(5)]
     expected = [
         model.generate(one.conversation, shots=list(one.shots), max_new_tokens=one.max_tokens)
         for one in requests
     ]
-    with Engine(model, prefill=prefill, slots=3) as engine:
-        assert answers(engine, requests) == expected
+    for size in sizes:
+        with Engine(model, prefill=size, slots=3) as engine:
+            assert answers(engine, requests) == expected, size
+
+
+@pytest.mark.parametrize(("family", "parts", "changes"), CHUNKED)
+def test_prompts_in_chunks_have_the_answers_of_whole_ones(family, parts, changes):
+    check_chunks(build(parts, family, **changes), 7, 64)
+
+
+# One token at a time takes seconds, and the family with a window says as much of it as all.
+@pytest.mark.parametrize(
+    ("family", "parts", "changes"),
+    [pytest.param(*one, marks=pytest.mark.slow if number != 1 else ()) for number, one in enumerate(CHUNKED)],
+)
+def test_prompts_token_by_token_have_the_answers_of_whole_ones(family, parts, changes):
+    check_chunks(build(parts, family, **changes), 1)
 
 
 def test_running_answers_wait_for_one_chunk_of_a_long_prompt_only(model, monkeypatch):

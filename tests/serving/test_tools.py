@@ -159,8 +159,21 @@ def test_calls_in_a_stream_have_their_index(model):
     assert len(tokens) == len(words(f"Wait. {CALL}\n{CALL_2}"))
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-@pytest.mark.parametrize("template", [TAGS, BARE, SWAPPED])
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+# A named function is a list of one, in any form.
+@pytest.mark.parametrize(
+    ("template", "choice"),
+    [
+        (TAGS, "required"),
+        (BARE, "required"),
+        (SWAPPED, "required"),
+        (TAGS, NAMED),
+        pytest.param(BARE, NAMED, marks=pytest.mark.slow),
+        pytest.param(SWAPPED, NAMED, marks=pytest.mark.slow),
+    ],
+)
 def test_a_required_call_follows_its_schema(tmp_path, template, choice):
     # The tools take 400 tokens of one byte.
     model = tiny_model(save_tiny_decoder(tmp_path, max_position_embeddings=2048))
