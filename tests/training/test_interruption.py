@@ -101,7 +101,11 @@ def test_a_killed_run_goes_on_to_the_same_end(place, recipe, uninterrupted, monk
 
 RHYTHMS = {
     "validation within the epoch": {"val_check_interval": 2},
-    "validation every second epoch": {"check_val_every_n_epoch": 2, "max_epochs": 4, "limit_train_batches": 3},
+    "validation every second epoch": {
+        "check_val_every_n_epoch": 2,
+        "max_epochs": 4,
+        "limit_train_batches": 3,
+    },
     "gradients of two batches": {"accumulate_grad_batches": 2},
     "both": {"accumulate_grad_batches": 2, "val_check_interval": 3},
     "a number of steps, in mixed precision": {"max_steps": 7, "max_epochs": -1, "precision": "bf16-mixed"},
