@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from bindllm import BindLLM
@@ -87,21 +88,41 @@ def test_it_is_the_formula(alpha, rslora, scale, dtype):
     assert nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_low_rank_term_is_computed_in_the_precision_of_the_decoder(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, {torch.float32}),
+        (torch.bfloat16, {torch.bfloat16}),
+        (torch.float16, {torch.float16, torch.float32}),
+    ],
+)
+def test_the_low_rank_term_is_computed_in_the_precision_of_the_decoder_or_in_float32(dtype, expected):
     decoder = tiny_decoder("llama").to(dtype)
-    adapter, found = Adapter(decoder, AdapterConfig(rank=4)), set()
-    for name, module in decoder.named_modules():
-        if name.endswith(("lora_A.default", "lora_B.default")):
-            module.register_forward_hook(lambda module, args, output: found.add(output.dtype))
+    adapter = Adapter(decoder, AdapterConfig(rank=4))
     # A copy, such as the reference model of an objective, computes with its own weights.
     twin = copy.deepcopy(decoder)
     for parameter in adapter.parameters().values():
         parameter.requires_grad_(True).data += 0.2
-    decoder(IDS).logits.float().sum().backward()
-    assert found == {dtype}
+    with Products() as products:
+        loss = decoder(IDS).logits.float().sum()
+    loss.backward()
+    assert products.dtypes == expected
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in adapter.parameters().values())
     assert torch.equal(twin(IDS).logits, tiny_decoder("llama").to(dtype)(IDS).logits)
+
+
+class Products(TorchDispatchMode):
+    """Collects the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.add(output.dtype)
+        return output
 
 
 def test_dora_is_its_formula():

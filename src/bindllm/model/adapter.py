@@ -44,8 +44,7 @@ _BIAS_SETTINGS = ("attention_bias", "mlp_bias")
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER_NAME = "default"
 # peft's names of the trained parts of its layers.
-_FACTORS = {"lora_A", "lora_B"}
-_TUNED = {*_FACTORS, "lora_magnitude_vector", "modules_to_save"}
+_TUNED = {"lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
 # peft saves the vector of DoRA without the name of the parameter in it.
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -151,6 +150,7 @@ class Adapter:
         quiet_bitsandbytes()
         with needs_extra("peft", extra="adapter", purpose="tune a decoder, or run a tuned one"):
             from peft import inject_adapter_in_model
+            from peft.tuners.lora.layer import LoraLayer, ParamWrapper
         targets = choose_targets(decoder, config)
         self.config = config = _choose_bias(config, decoder, targets)
         self._peft_config = _peft_config(decoder, config, targets)
@@ -166,13 +166,10 @@ class Adapter:
             for name in _TUNED & parts.keys():
                 # In half precision the small steps of training would vanish.
                 parts[name].float()
-                if name in _FACTORS and decoder.dtype is torch.bfloat16:
-                    factor = parts[name][_ADAPTER_NAME]
-                    factor.forward = partial(_in_bfloat16, factor)
             if "modules_to_save" in parts:
                 module.register_forward_hook(_as_base if config.media_only else _as_input)
-            if config.media_only and "lora_B" in parts:
-                parts["lora_B"][_ADAPTER_NAME].register_forward_hook(_for_listeners)
+            if isinstance(module, LoraLayer) and not (config.dora or isinstance(module, ParamWrapper)):
+                module.forward = partial(_project, module, config)
             if config.dora and "lora_magnitude_vector" in parts:
                 _measure_rows(module)
 
@@ -195,20 +192,30 @@ class Adapter:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in entries.items()}
 
 
-def _in_bfloat16(factor: nn.Linear, x: Tensor) -> Tensor:
-    """A product of float32 weights in bfloat16: in float32 it would take longer than that of the decoder itself."""
-    bias = None if factor.bias is None else factor.bias.to(torch.bfloat16)
-    return nn.functional.linear(x.to(torch.bfloat16), factor.weight.to(torch.bfloat16), bias)
+def _project(layer: nn.Module, config: AdapterConfig, x: Tensor) -> Tensor:
+    """The output of a tuned projection, ``W x + scale * (B (A x) + b)``.
+
+    The decoder's own product and this one are equally limited by memory, so the wide output is touched once: scale,
+    bias and mask are applied to the narrow ``A x``. peft's forward passes over it four more times.
+    """
+    output = layer.base_layer(x)
+    down, up = layer.lora_A[_ADAPTER_NAME], layer.lora_B[_ADAPTER_NAME]
+    # The range of float16 is too small for trained tensors.
+    dtype = torch.float32 if output.dtype is torch.float16 else output.dtype
+    low = nn.functional.linear(x.to(dtype), down.weight.to(dtype)) * config.scale
+    weight = up.weight
+    if up.bias is not None:
+        low = nn.functional.pad(low, (0, 1), value=config.scale)
+        weight = torch.cat([weight, up.bias[:, None]], 1)
+    if config.media_only:
+        low = torch.where(_listening(low), low, 0)
+    wide = torch.addmm(output.flatten(0, -2).to(dtype), low.flatten(0, -2), weight.to(dtype).T)
+    return wide.to(output.dtype).view_as(output)
 
 
 def _as_input(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Bring the output of a float32 norm back to the precision of the decoder."""
     return output.to(args[0].dtype)
-
-
-def _for_listeners(projection: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """The low-rank term of a projection, for tokens that listen to media."""
-    return torch.where(_listening(output), output, 0)
 
 
 def _as_base(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
