@@ -176,7 +176,8 @@ class Tuned:
         if not isinstance(made, HasBlocks):
             raise InputError(
                 f"{name} has no blocks that can be trained (a method `blocks`, see bindllm.encoders.HasBlocks); use it "
-                "without Tuned. EfficientNetLite, HuggingFace, ImageBind, PointBind and SentenceTransformers have blocks"
+                "without Tuned. EfficientNetLite, HuggingFace, ImageBind, PointBind and SentenceTransformers have "
+                "blocks"
             )
         if chosen not in served and not (chosen is None and len(served) == 1):
             raise InputError(
