@@ -393,6 +393,16 @@ def test_content_of_another_kind_is_refused(content, message):
         Message("user", content)
 
 
+def test_equal_texts_in_two_unicode_forms_have_equal_tokens():
+    def tokens(word):
+        turns = Message("user", ["a ", word]), Message("assistant", word)
+        return render(Conversation(turns), tiny_tokenizer()).input_ids
+
+    thoughts = Message("assistant", "yes", {"reasoning_content": "hm, cafe\u0301"})
+    assert thoughts.fields["reasoning_content"] == "hm, caf\u00e9"
+    assert tokens("cafe\u0301") == tokens("caf\u00e9")
+
+
 def test_unknown_role_gets_the_closest_known_one():
     with pytest.raises(InputError, match="Did you mean 'user'"):
         Message("users", "Hi")

@@ -11,6 +11,7 @@ import pytest
 
 from bindllm import Conversation, Message, Shot
 from bindllm.cli import main
+from bindllm.cli.zero_shot import TableOptions
 from bindllm.data.report import Skipped
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
@@ -354,3 +355,18 @@ def test_a_frame_around_the_questions(command):
     command("--prompt", "Look. {question}", "--num_shots", "1", "--limit", "1", "--output", "result.json")
     (row,) = json.loads(Path("result.json").read_text())["rows"]["answers_1_shots"]
     assert row["question"] == row["shots"][0]["prompt"] == "Look. Color?"
+
+
+def test_the_prompt_of_the_language_of_each_row(home):
+    vqa = [json.loads(line) for line in (home / "vqa.jsonl").read_text().splitlines()]
+    table = home / "languages.jsonl"
+    rows = [{**row, "language": ("en", "es")[n % 2], "split": "test"} for n, row in enumerate(vqa)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    options = TableOptions(prompts={"en": "Look. {question}", "es": "Mira. {question}"})
+    asked, _ = options.read(str(table), Skipped())
+    assert {row.language: row.conversation.messages[0].text[:5] for row in asked} == {
+        "en": "Look.",
+        "es": "Mira.",
+    }
+    with pytest.raises(InputError, match="prompts of vqa are frames"):
+        TableOptions(prompts={"en": "Look."}).read(str(table), Skipped())

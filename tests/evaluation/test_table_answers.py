@@ -14,6 +14,7 @@ from PIL import Image
 from bindllm import Media
 from bindllm.cache.visual_cache import VisualCache
 from bindllm.cli import main
+from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.evaluation.answering.log import AnswerLog
 from bindllm.evaluation.answering.table import TableAnswers, generate_table
@@ -97,6 +98,21 @@ def test_rows_of_every_form_each_in_its_place(model, home):
     image = [Media.image(str(home / "data/images/red0.png"))]
     assert lines[1]["answer"] == model.generate("Which color?", image, **SHORT)
     assert lines[8]["answer"] == model.generate(prompts[8], **SHORT)
+
+
+def test_the_prompt_is_that_of_the_source_and_of_the_language_of_a_row(home, model, tmp_path):
+    table, image = tmp_path / "table.jsonl", str(home / "data/images/red0.png")
+    asked = [{"image": image, "language": name} for name in ("ES", "en", "de")] + [{"image": image}]
+    table.write_text("\n".join(map(json.dumps, asked)))
+    source = SourceConfig(str(table), prompts={"en": "What?", "es": "¿Qué?"})
+    assert generate_table(model, source, "a.jsonl", **SHORT) == TableAnswers(rows=4, errors=2)
+    lines = read("a.jsonl")
+    assert [line.get("prompt") for line in lines] == ["¿Qué?", "What?", None, None]
+    assert "no prompt for the language 'de'" in lines[2]["error"]
+    generate_table(model, SourceConfig(str(table), prompt="Which?"), "b.jsonl", **SHORT)
+    assert {line["prompt"] for line in read("b.jsonl")} == {"Which?"}
+    with pytest.raises(InputError, match="give prompt or prompts, not both"):
+        generate_table(model, source, "c.jsonl", prompt="Which?", **SHORT)
 
 
 def test_an_interrupted_table_resumes_and_gives_the_same_file(model, home, monkeypatch):

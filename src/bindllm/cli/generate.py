@@ -108,6 +108,9 @@ class TableOptions:
     output: str | None = None
     """file for the answers, such as answers.jsonl: one line for each row of the table, in its order. An interrupted
     command resumes"""
+    prompts: dict[str, str] | None = None
+    """instead of the prompt, one for each language of the column language, such as '{"en": "What is this?", "es": "¿Qué
+    es esto?"}'"""
     batch_size: PositiveInt = 16
     """rows of the table that are answered at the same time"""
     devices: PositiveInt = 1
@@ -383,7 +386,7 @@ def _answer_table(
 
     def work(context: RunContext) -> None:
         loaded = load_with_cache(checkpoint, model, cache, overrides, device=str(context.device))
-        source = SourceConfig(table.input, allow_outside=not table.inside_only)
+        source = SourceConfig(table.input, prompts=table.prompts, allow_outside=not table.inside_only)
         options = {"batch_size": table.batch_size, "log_probability": table.log_probability, "prompt": prompt}
         options |= {"context": context, "seed": decoding.seed, **decoding.given}
         counts.append(generate_table(loaded, source, table.output, **options))

@@ -18,7 +18,7 @@ from bindllm.atomic import write_json
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.generate import ModelOptions, check_texts
 from bindllm.cli.options import CacheOptions, EncoderOptions, print_whole
-from bindllm.data.source_config import CAPTION_FORMATS, Format, SourceConfig
+from bindllm.data.source_config import CAPTION_FORMATS, QUESTION, Format, SourceConfig
 from bindllm.errors import UsageError, did_you_mean, printable_lines
 from bindllm.shots import RETRIEVED, ShotsBy
 
@@ -123,6 +123,8 @@ class TableOptions:
     """modality of the files, as of a data source"""
     prompt: str = "Describe this image."
     """the question about media with captions; in vqa, a frame around {question}"""
+    prompts: dict[str, str] | None = None
+    """instead of it, one for each language, such as '{"en": "What is this?", "es": "¿Qué es esto?"}'"""
     inside_only: bool = False
     """skip rows that name files outside of the folder of the table: for tables that you do not trust"""
     limit: PositiveInt | None = None
@@ -134,7 +136,6 @@ class TableOptions:
         Raises:
             UsageError: a prompt without effect.
         """
-        from bindllm.data.formats import QUESTION
         from bindllm.data.rows import spread
         from bindllm.data.sources import read_source
 
@@ -145,12 +146,14 @@ class TableOptions:
                 modality=self.modality,
                 split=split,
                 prompt=self.prompt,
+                prompts=self.prompts,
                 allow_outside=not self.inside_only,
             )
             found, report = read_source(config)
             skipped.update(report.skipped)
             return found
 
+        # A source refuses prompts by language that have no effect.
         framed = self.format == "vqa" and QUESTION in self.prompt
         if self.prompt != TableOptions().prompt and not (framed or self.format in CAPTION_FORMATS):
             raise UsageError(

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from bindllm.conversation.guard import check_texts, check_unicode, guard, strings
+from bindllm.conversation.guard import check_texts, check_unicode, guard, in_nfc, strings
 from bindllm.conversation.template import REASONING, Template, control_tokens, squeeze
 from bindllm.conversation.tokens import tokenize
 from bindllm.errors import DecoderError, InputError, check_choice, listed
@@ -37,7 +37,7 @@ class Message:
     Args:
         role: the speaker.
         content: a text, or a sequence of parts, each a text or a `Media`; kept as a tuple of parts. The texts
-            are joined unchanged; media add no text.
+            are put into Unicode form NFC, so that equal texts have equal tokens, and joined; media add no text.
         fields: further fields for the chat template: ``tool_calls`` and ``reasoning_content`` of an answer, ``name``
             and ``tool_call_id`` of a tool's result.
         learned: the part of an answer that training learns: all of it, all but its reasoning, or none.
@@ -65,8 +65,9 @@ class Message:
                 raise InputError(f"a part of a message is a text or a Media, not {part!r}")
             if isinstance(part, str):
                 check_unicode(part)
-        # The way to set a field of a frozen dataclass.
-        object.__setattr__(self, "content", tuple(parts))
+        # The way to set a field of a frozen dataclass. Rows, requests and calls in Python all pass here.
+        object.__setattr__(self, "content", tuple(in_nfc(part) for part in parts))
+        object.__setattr__(self, "fields", in_nfc(self.fields))
 
     @property
     def text(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,15 @@ def guard(value: Any, control: dict[str, int], *, escape: bool) -> Any:
             # Inside the token, so that the tokenizer does not recognize it.
             value = value.replace(token, token[0] + WORD_JOINER + token[1:])
     return value
+
+
+def in_nfc(value: Any) -> Any:
+    """Return a value of JSON whose texts are in Unicode form NFC."""
+    if isinstance(value, Mapping):
+        return {key: in_nfc(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_nfc(one) for one in value]
+    return unicodedata.normalize("NFC", value) if isinstance(value, str) else value
 
 
 def strings(value: Any) -> Iterator[str]:

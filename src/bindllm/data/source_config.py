@@ -33,6 +33,9 @@ Names = Literal["made-up", "true"]
 Negatives = Literal["random", "hard"]
 Layout = Literal["table", "isekai", "imagenet"]
 Rationale = bool | Literal["only", "given"]
+QUESTION = "{question}"
+"""In the prompt of a source, stands for the question of each row."""
+
 # The first part of a language tag, and the others.
 _LANGUAGE, _SUBTAG = re.compile("[A-Za-z]{2,3}"), re.compile("[A-Za-z0-9]{2,8}")
 
@@ -315,6 +318,10 @@ class SourceConfig:
             raise InputError(
                 f"{self.path}: prompts must name a text for each language, such as "
                 f'{{en: "What is this?", "no": "Hva er dette?"}} (YAML reads no without quotes as false), not {prompts}'
+            )
+        if self.format == "vqa" and not all(QUESTION in text for text in prompts.values()):
+            raise InputError(
+                f"{self.path}: prompts of vqa are frames around {QUESTION}, which each of them must contain, not {prompts}"
             )
         # zh-CN and zh_cn are one language, which cannot have two prompts.
         if len({language_named(name) for name in prompts}) < len(prompts):

@@ -175,9 +175,8 @@ class Tuned:
         name, served, chosen = type(made).__name__, made.modalities, self.settings["modality"]
         if not isinstance(made, HasBlocks):
             raise InputError(
-                f"{name} has no blocks that can be trained (a method `blocks`, see bindllm.encoders.HasBlocks); use it "
-                "without Tuned. EfficientNetLite, HuggingFace, ImageBind, PointBind and SentenceTransformers have "
-                "blocks"
+                f"{name} has no blocks that can be trained (a method `blocks`, see bindllm.encoders.HasBlocks), as "
+                "EfficientNetLite, HuggingFace, ImageBind, PointBind and SentenceTransformers do; use it without Tuned"
             )
         if chosen not in served and not (chosen is None and len(served) == 1):
             raise InputError(

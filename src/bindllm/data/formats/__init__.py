@@ -28,7 +28,7 @@ from bindllm.conversation.messages import (
 from bindllm.data.formats.columns import Fields, as_list, as_text, from_json, json_list
 from bindllm.data.formats.rationales import read_rationales
 from bindllm.data.rows import Row
-from bindllm.data.source_config import SourceConfig
+from bindllm.data.source_config import QUESTION, SourceConfig
 from bindllm.data.tables import Record
 from bindllm.errors import did_you_mean
 
@@ -36,8 +36,6 @@ __all__ = ["FORMATS", "clean_caption", "read_row"]
 
 MINIGPT4_IMAGES = "image/{}.jpg"
 """Path of the image of an ``image_id`` in MiniGPT-4, relative to its table."""
-QUESTION = "{question}"
-"""Stands for the question in a prompt of ``vqa``."""
 CONTROL = "a caption with control characters, removed"
 """Remark on a row."""
 NO_RATIONALE = "a row without a rationale, used as a question and its answer"

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from bindllm.conversation import INPUT_HEADER, Conversation
 from bindllm.conversation.messages import BETWEEN, RowError, Verbatim, parse_messages
-from bindllm.data.formats import QUESTION, has_options, listing, options_of, sharegpt_turns
+from bindllm.data.formats import has_options, listing, options_of, sharegpt_turns
 from bindllm.data.formats.columns import Fields, as_list, json_list
+from bindllm.data.source_config import QUESTION
 
 
 def read_question(fields: Fields) -> tuple[Conversation, tuple[str, ...]]:

@@ -79,7 +79,7 @@ def generate_table(
     table: str | Path | SourceConfig | Iterable[Mapping[str, Any]],
     output: str | Path,
     *,
-    prompt: str = "Describe this image.",
+    prompt: str | None = None,
     batch_size: int = BATCH_SIZE,
     log_probability: bool = False,
     context: RunContext = RunContext(),  # noqa: B008
@@ -96,6 +96,7 @@ def generate_table(
         table: a table or dataset, as for `read_table`; a `SourceConfig` of one, for its columns; or rows.
         output: a file ending in .jsonl.
         prompt: the question of rows with media and without a text. In it, ``{question}`` is replaced by the question.
+            None: the ``prompt`` of the `SourceConfig`, or its ``prompts`` by the language of each row.
         batch_size: questions answered at the same time.
         log_probability: also write ``log_probability`` of each answer, in nats.
         context: the processes that share the work, each with its own model.
@@ -141,14 +142,14 @@ def _check_scored(options: Mapping[str, Any]) -> None:
         raise InputError("log_probability is not that of a replaced answer: leave min_probability out")
 
 
-def _source(model: BindLLM, table: Any, prompt: str) -> SourceConfig:
+def _source(model: BindLLM, table: Any, prompt: str | None) -> SourceConfig:
     # Rows have no path; those in them start at the working directory.
     path = str(table) if isinstance(table, str | Path) else "rows"
     config = table if isinstance(table, SourceConfig) else SourceConfig(path)
     custom = (one for encoder in model.encoders for one in encoder.modalities if one not in MODALITIES)
     # The columns of media are called like their modalities.
     modality = next(custom, "image") if config.modality == "image" else config.modality
-    return replace(config, prompt=prompt, modality=modality)
+    return replace(config, prompt=config.prompt if prompt is None else prompt, modality=modality)
 
 
 def _log(output: Path, processes: Processes, config: SourceConfig) -> AnswerLog:
@@ -164,7 +165,7 @@ def _log(output: Path, processes: Processes, config: SourceConfig) -> AnswerLog:
 
 def _facts(model: BindLLM, config: SourceConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts that decide on the answers."""
-    settings = {"prompt": config.prompt, **settings}
+    settings = {"prompt": config.prompts or config.prompt, **settings}
     # Objects, such as a stopping criterion, count by their text.
     plain = {
         name: value if isinstance(value, str | int | float | list | None) else str(value)
