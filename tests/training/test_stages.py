@@ -70,6 +70,17 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(("there", "here"), [(2, [2, 1]), ([0, 1, 2], None), (None, 3)])
+def test_layers_are_compared_by_their_meaning(decoder, tmp_path, there, here):
+    parts = [
+        {"inject": InjectConfig(layers=one), "adapter": replace(LORA, layers=one)} for one in (there, here)
+    ]
+    model, again = build(decoder, **parts[0]), build(decoder, seed=1, **parts[1])
+    model.save_pretrained(tmp_path / "m")
+    init_from_checkpoint(again, tmp_path / "m")
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -77,6 +88,7 @@ def test_the_same_adapter_goes_on(decoder, tmp_path, adapter):
         ({"inject": InjectConfig(kind="residual")}, r"inject\.kind is value there and residual here"),
         ({"inject": InjectConfig(kind="attend")}, r"inject\.kind is value there and attend here"),
         ({"inject": InjectConfig(layers=2)}, r"inject\.layers is null there and 2 here"),
+        ({"adapter": replace(LORA, layers=[0, 1])}, r"adapter\.layers is null there and \[0, 1\] here"),
         ({"encoders": [ColorEncoder(grid=3)]}, r"the encoders of .*tiny\.ColorEncoder"),
         (
             {"adapter": None},

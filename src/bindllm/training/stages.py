@@ -13,7 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
 
 from bindllm.encoders.trainable import Tuned
 from bindllm.errors import CheckpointError, printable
@@ -21,14 +23,17 @@ from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import read_manifest, read_weights
 from bindllm.model.context import ContextConfig
-from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
+from bindllm.model.decoder import DecoderConfig, fingerprint_decoder, without_weights
 from bindllm.model.groups import DECODER, ENCODERS
-from bindllm.model.injection import InjectConfig
+from bindllm.model.injection import InjectConfig, served_layers
+from bindllm.model.layers import choose_layers, find_layers
 from bindllm.model.pretrained import encoder_fingerprints, read_configs
 
 if TYPE_CHECKING:
     from bindllm.encoders import Encoder
     from bindllm.model.bindllm import BindLLM
+
+Settings = TypeVar("Settings", InjectConfig, AdapterConfig)
 
 # It only changes the embedding of several media in one message; the released weights use another one.
 _NOT_COMPARED = ("fusion",)
@@ -106,6 +111,9 @@ def check_base(
     manifest = read_manifest(folder)
     saved = read_configs(folder, manifest)
     _check_frozen(folder, manifest, decoder, encoders)
+    inject = _same_words(saved["inject"], inject, decoder)
+    if saved["adapter"] is not None and adapter is not None:
+        adapter = _same_words(saved["adapter"], adapter, decoder)
     # All differences at once, because a recipe of another base rarely differs in one value.
     differing = [*_differences("bind", saved["bind"], bind), *_differences("inject", saved["inject"], inject)]
     if saved["adapter"] is not None:
@@ -131,6 +139,22 @@ def check_base(
             f"{Path(folder) / 'recipe.yaml'} or bindllm.json there, or train the earlier stage with these values"
         )
     return _remarks(folder, manifest, saved["bind"], decoder, bind)
+
+
+def _same_words(there: Settings, here: Settings, decoder: DecoderConfig) -> Settings:
+    """Return settings with the other ones' words for the same layers: ``2`` may be ``[1, 2]``."""
+    if there.layers == here.layers:
+        return here
+    empty = without_weights(decoder.folder())
+    every = find_layers(empty)
+
+    def served(settings: Settings) -> list[nn.Module]:
+        if isinstance(settings, InjectConfig):
+            return served_layers(empty, settings)[0]
+        chosen = choose_layers(every, settings.layers, type(empty).__name__, "adapter.layers")
+        return [layer for _, layer in chosen]
+
+    return replace(here, layers=there.layers) if served(there) == served(here) else here
 
 
 def _check_frozen(

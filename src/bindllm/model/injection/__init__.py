@@ -142,7 +142,7 @@ class Injection(nn.Module):
                 "this decoder object carries an injection already; load the decoder again for another"
             )
         # How to read this: select the layers, create gates and queries for them, then hook.
-        layers, heads = _choose(decoder, config, attends=has_context)
+        layers, heads = served_layers(decoder, config)
         width = decoder.config.get_text_config().hidden_size
         own = {"residual": (), "cross": (HEADS,)}.get(
             self.kind, (max((h.num_heads for h in heads), default=0),)
@@ -400,9 +400,7 @@ class Injection(nn.Module):
             )
 
 
-def _choose(
-    decoder: PreTrainedModel, config: InjectConfig, *, attends: bool
-) -> tuple[list[nn.Module], list[Heads]]:
+def served_layers(decoder: PreTrainedModel, config: InjectConfig) -> tuple[list[nn.Module], list[Heads]]:
     """Return the served layers, and for kinds that add to heads the projections of each."""
     name = type(decoder).__name__
     every = find_layers(decoder)
