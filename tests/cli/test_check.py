@@ -316,6 +316,15 @@ def test_one_mistake_next_to_several_required_arguments_is_one_problem(parts, ca
     assert "the following arguments are required: second" in capsys.readouterr().out
 
 
+def test_a_mistake_in_a_required_key_does_not_hide_another(parts, capsys):
+    recipe = tiny_recipe(parts)
+    recipe["model"] |= {"encoders": [recipe["model"]["encoders"]], "objective": 5}
+    assert run("check", recipe) == 1
+    told = capsys.readouterr().out
+    assert "model.encoders, item 1: Not a valid subclass" in told
+    assert "model.objective: " in told
+
+
 def test_a_list_on_the_command_line_is_checked_too(parts, capsys):
     assert run("check", tiny_recipe(parts), "--data.sources", '[{"paht": "c"}]') == 1
     told = capsys.readouterr().out

@@ -438,25 +438,25 @@ class CheckedRecipe(RecipeCLI):
 
     def _valid_keys(self, part: dict[str, Any], mistake: Callable[[Any], str | None], where: str) -> Any:
         """Return the keys and values that are valid together, `_NOTHING` if something required is missing then."""
-        # The arguments of a class can only be read together with its path.
-        kept = {name: value for name, value in part.items() if name == "class_path"}
-        # As long as required keys are missing there is a message: a further key is valid if no other message comes.
-        missing = mistake(kept)
+        # The arguments of a class are read together with its path. Each is tried without the others: reading few keys
+        # is fast.
+        base = {name: value for name, value in part.items() if name == "class_path"}
+        # Without required keys there is always a message: a key is valid if no other message comes.
+        missing = mistake(base)
         if missing and _INCOMPLETE not in missing:
             return _NOTHING
+        kept = dict(base)
         for name, value in part.items():
-            if name in kept:
+            if name in base:
                 continue
 
-            def changed(value: Any, name: str = name, missing: str | None = missing) -> str | None:
-                message = mistake({**kept, name: value})
+            def changed(value: Any, name: str = name) -> str | None:
+                message = mistake({**base, name: value})
                 return None if message is None or _only_misses(message, missing) else message
 
             if (valid := self._valid(value, changed, where)) is not _NOTHING:
                 kept[name] = valid
-                # A value that stays as it was adds no message.
-                missing = mistake(kept) if missing or valid is not value else None
-        return _NOTHING if missing else kept
+        return _NOTHING if mistake(kept) else kept
 
 
 def _only_misses(message: str, missing: str | None) -> bool:
