@@ -31,8 +31,9 @@ from bindllm.evaluation.benchmarks.benchmark import read_items
 from bindllm.model.decoder import load_tokenizer
 from bindllm.model.generation import shared
 
-IMAGES, QUESTIONS = 24, 10
-"""Images, and questions about each, as many as in easy-VQA."""
+IMAGES, QUESTIONS = 48, 10
+"""Images, and questions about each, as many as in easy-VQA. An evaluation starts in half a second, which counts little
+then."""
 BATCH_SIZE = 32
 LONGEST = 8
 """Tokens of an answer."""
@@ -85,7 +86,8 @@ def metrics() -> list[Metric]:
         note = f"{len(items) / b:.1f} over {len(items) / a:.1f} questions per second; at least 0.95"
         found = [Metric("evaluate_over_generate", ratio, "ratio of seconds", None, note)]
         for kind, system in (("short", ""), ("system", None)):
-            found += batches(kind, samples_of(system), generate)
+            samples = samples_of(system)
+            found += batches(kind, samples[: len(samples) // 2], generate)
     return found
 
 

@@ -549,6 +549,8 @@ def test_the_most_frequent_of_several_samples_counts(measure, tmp_path, monkeypa
 
 def test_options_can_be_chosen_by_log_likelihood(measure, tmp_path, model):
     done = measure("scienceqa", root=scienceqa(tmp_path / "scienceqa"), choose="likelihood")
+    # One of the two images is drawn for the control, and the answers are no texts that could be too long.
+    assert done.facts["notes"][1:] == ["shuffled_media was not measured: its 1 questions show the same media"]
     assert {line["answer"] for line in done.lines["model"]} <= {"The answer is (A).", "The answer is (B)."}
     assert done.facts["counts"]["unparsed"] == 0
     # The likelihood of one answer, token by token.

@@ -194,9 +194,11 @@ class Items:
 
     def long_answers(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
         """Return a note if items have only true answers of more than ``longest`` tokens: these count as wrong."""
-        texts = [text for item in self.items for text in item.references]
-        lengths = iter(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
-        cut = sum(min(next(lengths) for _ in item.references) > longest for item in self.items)
+        # The letter of an option is an answer, too.
+        items = [item for item in self.items if not item.letter]
+        texts = [text for item in items for text in item.references]
+        lengths = iter(map(len, tokenizer(texts, add_special_tokens=False).input_ids if texts else ()))
+        cut = sum(min(next(lengths) for _ in item.references) > longest for item in items)
         note = f"{cut:,} true answers are longer than max_new_tokens={longest}, so no answer can match them"
         return [note] if cut else []
 

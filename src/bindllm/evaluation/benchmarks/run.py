@@ -301,8 +301,10 @@ class _Run:
                 elif variant == SHUFFLED_MEDIA:
                     try:
                         view = shuffle_media(own, lookup)
-                    except InputError as error:
-                        self.notes.append(f"{variant} was not measured: {error}")
+                    except InputError:
+                        self.notes.append(
+                            f"{variant} was not measured: its {len(own):,} questions show the same media"
+                        )
                         continue
                 task = bar.add_task(f"{self.benchmark.name}: {variant}", total=len(own))
                 made = {n: line for n in positions if (line := self._known(variant, n))}
