@@ -245,6 +245,10 @@ def test_a_unit_is_asked_as_a_whole_or_not_at_all(tmp_path, measure):
     assert done.facts["counts"]["items"] == 10
     # All answers of the tiny model are unparsed: the score is 0, not undefined.
     assert done["perception"] == 0
+    assert done.facts["notes"][:2] == [
+        "perception is 0 to 400, as there are questions of 2 of its 10 tasks only",
+        "cognition is 0 to 200, as there are questions of 1 of its 4 tasks only",
+    ]
     limited = measure("mme", root=root, limit=3, output="limited", controls=False)
     assert len(limited.lines["model"]) == 4
 

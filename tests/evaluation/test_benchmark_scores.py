@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmark_parts import choices, isekai, mmbench, music_avqa, scienceqa, vl_icl, vqav2
+from benchmark_parts import choices, image, isekai, mmbench, music_avqa, scienceqa, vl_icl, vqav2, write
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import BENCHMARKS, captions, parsers
 from bindllm.evaluation.benchmarks.benchmark import Item, majority_answers, read_items
@@ -317,6 +318,16 @@ def test_the_words_of_a_template_are_filled_in(tmp_path):
 )
 def test_parsers_of_yes_and_no(parser, answers):
     assert {text: parser(text, None) for text in answers} == answers
+
+
+def test_captions_of_one_image_in_several_rows_are_one_question(tmp_path):
+    image(tmp_path / "a.png")
+    rows = [{"image": "a.png", "caption": text} for text in ("one", ["two", "one"], None, "")]
+    rows += [{"image": "a.png", "caption": "un", "language": "fr"}]
+    write(tmp_path / "captions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = read_items(BENCHMARKS["captions"], tmp_path, prompt="What?")
+    assert [item.references for item in found.items] == [("one", "two"), ("un",)]
+    assert found.skipped.total == 2
 
 
 def test_a_class_is_named_by_whole_words():

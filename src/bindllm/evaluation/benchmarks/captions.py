@@ -6,11 +6,13 @@ Classes: ModelNet40 and ESC-50.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,11 +24,12 @@ import torch
 
 from bindllm.atomic import read_json
 from bindllm.data.collate import Lookup
+from bindllm.data.formats.columns import json_list
 from bindllm.errors import InputError, needs_extra
 from bindllm.evaluation.benchmarks import parsers
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, Score
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, CAPTIONS, Line
-from bindllm.evaluation.benchmarks.vqa import read_questions
+from bindllm.evaluation.benchmarks.vqa import MEDIA_COLUMNS, read_questions
 from bindllm.evaluation.captions import caption_words
 from bindllm.evaluation.layouts import Dataset, read_layout
 from bindllm.evaluation.layouts.dataset import NO_FILE, Files, read_entries, require
@@ -286,6 +289,30 @@ def read_captions(folder: Path, *, layout: str) -> Iterator[Entry]:
     yield from _skipped(dataset)
 
 
+def read_caption_table(folder: Path) -> Iterator[Entry]:
+    """Read a table of captions, as `read_questions` does; rows about the same media are one item with all captions.
+
+    Rows of another type, subset or language stay apart.
+    """
+    joined: dict[Any, Entry] = {}
+    for entry in read_questions(folder, names=("test", "captions")):
+        caption = json_list(entry.record.get("caption"), (str,))
+        captions = caption if isinstance(caption, list) else [caption]
+        if entry.problem or not (
+            captions and all(isinstance(text, str) and text.strip() for text in captions)
+        ):
+            # Counted by itself.
+            yield entry
+            continue
+        # A hash, as an image inside the table may be large.
+        media = hashlib.sha256(
+            repr([entry.record.get(name) for name in MEDIA_COLUMNS]).encode("utf-8", "surrogatepass")
+        ).digest()
+        first = replace(entry, record={**entry.record, "caption": []})
+        joined.setdefault((media, *entry.groups.items()), first).record["caption"].extend(captions)
+    yield from joined.values()
+
+
 def read_classes(folder: Path, *, layout: str, question: str) -> Iterator[Entry]:
     """Read the classes of a layout; the question is the same for all media."""
     dataset = read_layout(layout, folder)
@@ -380,7 +407,7 @@ BENCHMARKS = (
         "point",
         "Caption this 3D model.",
     ),
-    _captions("captions", "a table of captions", partial(read_questions, names=("test", "captions"))),
+    _captions("captions", "a table of captions", read_caption_table),
     _classes(
         "modelnet40", "ModelNet40 by generation (https://arxiv.org/abs/2308.16911)", "point", "What is this?"
     ),

@@ -27,12 +27,14 @@ class Metric:
         main: the number that is compared with the controls.
         sums: returns the sums of the lines of one unit.
         values: returns the numbers of sums; NaN: not defined for them.
+        notes: returns remarks on the numbers of these lines.
     """
 
     name: str
     main: str
     sums: Callable[[Sequence[Line]], dict[str, float]]
     values: Callable[[Sums], Sums]
+    notes: Callable[[Sequence[Line]], list[str]] = lambda lines: []
 
 
 def ratio(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
@@ -117,7 +119,17 @@ def _mme(sums: Sums) -> Sums:
     }
 
 
-MME = Metric("mme", "accuracy", _mme_sums, _mme)
+def _mme_notes(lines: Sequence[Line]) -> list[str]:
+    """Return the range of sums over a part of the tasks: a limit or missing images may leave some out."""
+    known = {line["groups"]["task"] for line in lines}
+    return [
+        f"{name} is 0 to {200 * count:,}, as there are questions of {count} of its {len(tasks)} tasks only"
+        for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION))
+        if 0 < (count := len(known.intersection(tasks))) < len(tasks)
+    ]
+
+
+MME = Metric("mme", "accuracy", _mme_sums, _mme, _mme_notes)
 """Sum over the tasks of accuracy and accuracy+ (both questions of an image), each times 100 (arXiv 2306.13394)."""
 
 

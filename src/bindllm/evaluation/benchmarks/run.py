@@ -484,7 +484,7 @@ def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, secon
             "unparsed": sum(line["parsed"] is None for line in own),
         },
         "skipped": found.skipped.counts,
-        "notes": [*run.benchmark.notes, *run.notes],
+        "notes": [*run.benchmark.notes, *metric.notes(own), *run.notes],
         "scores": {name: intervals(part, metric) for name, part in lines.items()},
         "groups": by_group(own, metric),
         "media": media_sentence(lines, metric),

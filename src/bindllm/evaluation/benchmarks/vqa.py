@@ -190,7 +190,9 @@ def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")
         except RowError as error:
             yield Entry(name, {}, problem=str(error))
             continue
-        record = {key: _whole_path(path, value) if key in _FILES else value for key, value in row.items()}
+        record = {
+            key: _whole_path(path, value) if key in MEDIA_COLUMNS else value for key, value in row.items()
+        }
         groups = {label: str(row[label]) for label in ("type", "subset", "language") if row.get(label)}
         if "language" in groups:
             groups["language"] = language_named(groups["language"])
@@ -203,7 +205,8 @@ def read_questions(folder: Path, *, names: Sequence[str] = ("test", "questions")
         yield from (Entry(f"{reason} {n}", {}, problem=reason) for n in range(count))
 
 
-_FILES = frozenset(f"{name}{end}" for name in FILE_MODALITIES for end in ("", "s"))
+MEDIA_COLUMNS = tuple(f"{name}{end}" for name in FILE_MODALITIES for end in ("", "s"))
+"""Columns of a table that hold media."""
 
 
 def _whole_path(table: Path, value: Any) -> Any:
