@@ -33,6 +33,7 @@ log-likelihoods (``--force_simple``)."""
 _SAMPLING = ("temperature", "top_p", "top_k")
 _OPTIONS = ("max_new_tokens", "num_beams", "repetition_penalty", *_SAMPLING)
 _FULL_SCALE = 2**31 - 1
+_BATCH_SIZE = 8
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Adapter:
 
     Args:
         pretrained: a checkpoint folder.
-        batch_size: answers generated at the same time.
+        batch_size: answers generated at the same time; None, ``auto`` or ``auto:N``: 8.
         max_batch_size: ignored, as no size is searched.
         device: by default the accelerator that torch finds.
         allow: import path of an encoder class outside bindllm that the checkpoint names.
@@ -72,7 +73,7 @@ class Adapter:
     def __init__(
         self,
         pretrained: str,
-        batch_size: int | str | None = 8,
+        batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
         allow: str | None = None,
@@ -83,7 +84,7 @@ class Adapter:
             raise InputError(
                 f"unknown model_args {', '.join(sorted(unknown))}; expected allow, decoder, quantize or tokens"
             )
-        self.batch_size = int(batch_size or 8)
+        self.batch_size = _BATCH_SIZE if str(batch_size or "auto").startswith("auto") else int(batch_size)
         self.model = BindLLM.from_pretrained(
             pretrained, device=device, allow=[allow] if allow else (), **options
         ).eval()

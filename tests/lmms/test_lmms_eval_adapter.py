@@ -57,9 +57,9 @@ def model(decoder):
 
 @pytest.fixture
 def build(model, monkeypatch):
-    def make(name="ChatModel", **options):
+    def make(name="ChatModel", batch_size=2, **options):
         monkeypatch.setattr(adapter.BindLLM, "from_pretrained", lambda *_, **__: model)
-        made = getattr(adapter, name)("somewhere", batch_size=2, **options)
+        made = getattr(adapter, name)("somewhere", batch_size=batch_size, **options)
         images = [Image.new("RGB", (24, 24), color) for color in COLORS.values()]
         made.task_dict = {"colors": {"test": [{"image": image} for image in images]}}
         return made
@@ -184,6 +184,11 @@ def test_decoded_audio_keeps_its_rate_and_samples(samples):
     media = adapter._media({"array": samples, "sampling_rate": 8000})
     (found,) = cut_audio(media.source, rate=8000, cut=lambda length: [(0, length)])
     np.testing.assert_allclose(found, np.atleast_2d(samples), atol=1e-6)
+
+
+def test_batch_sizes_in_every_form(build):
+    found = [build(batch_size=size).batch_size for size in (3, "4", "auto", "auto:2", None)]
+    assert found == [3, 4, 8, 8, 8]
 
 
 def test_unknown_arguments_are_refused(build):
