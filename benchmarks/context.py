@@ -1,14 +1,19 @@
-"""Retrieved records as context tokens, against the same records as shots in the prompt: tokens and time by K."""
+"""Retrieved records as context tokens, over the same records as shots in the prompt: tokens, time and memory by K."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.few_shot import ROWS, few_shot_batch
-from benchmarks.measure import Metric, paired, seconds
+from benchmarks.measure import Metric, forget_peak, paired, peak_bytes, seconds, used_bytes
+from benchmarks.memory import RETURNED
 from benchmarks.parts import bound_model
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.context import ContextConfig
@@ -17,6 +22,7 @@ from bindllm.model.injection import InjectConfig
 RECORDS = (1, 4, 16)
 TEXT, ANSWER = 8, 8
 """Tokens of a record's text, as a shot of `few_shot_batch` has, and of an answer."""
+OPTIONS = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER}
 
 FORMS = {
     "perceivers": (ContextConfig(latents=8), InjectConfig(kind="attend")),
@@ -25,17 +31,37 @@ FORMS = {
 
 
 def metrics() -> list[Metric]:
-    """Time of a batch of answers for each form and number of records, as a share of the time with shots."""
+    """Time and memory of a batch of answers for each form and number of records, over those with shots."""
     found = []
-    for form, (context, inject) in FORMS.items():
-        model = bound_model(context=context, inject=inject).eval()
+    for form in FORMS:
+        model = _model(form)
         for count in RECORDS:
-            with_records = few_shot_batch(model, 0) | _records(count)
-            shots = few_shot_batch(model, count)
-            # Retrieved shots differ from question to question, so no part of the prompt is shared.
-            shots["embeddings"] = torch.nn.functional.normalize(torch.randn_like(shots["embeddings"]), dim=-1)
-            found.append(_compare(model, form, count, with_records, shots))
+            found.append(_time(model, form, count))
+        command = [sys.executable, "-m", "benchmarks.context", form]
+        environment = {**os.environ, **RETURNED}
+        # In a process of its own: here, memory that the runs before have freed would not be counted.
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        for count, (bare, records, shots) in json.loads(printed.splitlines()[-1]).items():
+            note = f"peak over that of the loaded model: {records / 1e6:.0f} MB over {shots / 1e6:.0f} MB; "
+            note += f"floor: without records, {bare / 1e6:.0f} MB"
+            name = f"context_{form}_memory_over_shots_{count}"
+            found.append(Metric(name, records / shots, "ratio of bytes", bare / shots, note))
     return found
+
+
+def _model(form: str) -> BindLLM:
+    context, inject = FORMS[form]
+    model = bound_model(context=context, inject=inject).eval()
+    torch.nn.init.constant_(model.injection.context_gates, 0.01)
+    return model
+
+
+def _batches(model: BindLLM, count: int) -> tuple[dict[str, Tensor], ...]:
+    """Return the inputs of `BindLLM.generate_from` without records, with records, and with shots."""
+    bare, shots = few_shot_batch(model, 0), few_shot_batch(model, count)
+    # Retrieved shots differ from question to question, so no part of the prompt is shared.
+    shots["embeddings"] = torch.nn.functional.normalize(torch.randn_like(shots["embeddings"]), dim=-1)
+    return bare, bare | _records(count), shots
 
 
 def _records(count: int) -> dict[str, Tensor]:
@@ -49,12 +75,10 @@ def _records(count: int) -> dict[str, Tensor]:
     }
 
 
-def _compare(
-    model: BindLLM, form: str, count: int, ours: dict[str, Tensor], shots: dict[str, Tensor]
-) -> Metric:
-    run = partial(model.generate_from, max_new_tokens=ANSWER, min_new_tokens=ANSWER)
-    ratio, a, b = paired(lambda: run(**ours), lambda: run(**shots), repeats=3 if count < 16 else 1)
-    bare = {name: value for name, value in ours.items() if not name.startswith("context")}
+def _time(model: BindLLM, form: str, count: int) -> Metric:
+    bare, records, shots = _batches(model, count)
+    run = partial(model.generate_from, **OPTIONS)
+    ratio, a, b = paired(lambda: run(**records), lambda: run(**shots), repeats=3 if count < 16 else 1)
     floor = seconds(lambda: run(**bare))
     read = 2 * 8 if form == "perceivers" else count * TEXT
     tokens = shots["input_ids"].shape[1] - bare["input_ids"].shape[1]
@@ -63,3 +87,18 @@ def _compare(
     )
     note += f"{tokens} tokens of the prompt with shots"
     return Metric(f"context_{form}_over_shots_{count}", ratio, "ratio of seconds", floor / b, note)
+
+
+def _peak(model: BindLLM, batch: dict[str, Tensor]) -> int:
+    """Return the peak memory of a batch of answers beyond the memory in use before."""
+    forget_peak()
+    before = used_bytes()
+    model.generate_from(**batch, **OPTIONS)
+    return peak_bytes() - before
+
+
+if __name__ == "__main__":
+    loaded = _model(sys.argv[1])
+    # The first run loads kernels.
+    _peak(loaded, few_shot_batch(loaded, 0))
+    print(json.dumps({n: [_peak(loaded, batch) for batch in _batches(loaded, n)] for n in RECORDS}))

@@ -619,7 +619,12 @@ def test_a_model_with_context_reads_records_of_other_media(folder, measure, tmp_
     ]
     fingerprints = [encoder.fingerprint() for encoder in model.encoders]
     model.datastore = Datastore(model.encode(media), records, fingerprints)
-    read = measure(model=model).lines["model"]
+    measured = measure(model=model)
+    read = measured.lines["model"]
+    # Each image has one record, its own.
+    assert (
+        f"records that show the media of the questions were not read: {len(media)}" in measured.facts["notes"]
+    )
     model.datastore = None
     with pytest.raises(InputError, match="was started with records 2 .now 0., datastore"):
         measure(model=model)

@@ -496,6 +496,17 @@ def test_a_datastore_of_another_encoder_is_refused(decoder, tmp_path):
         other.generate("What?", media[:1], datastore=store)
 
 
+def test_control_tokens_in_a_record_end_no_answer(decoder, tmp_path):
+    model = context_model(decoder)
+    store, _ = a_datastore(model, tmp_path / "data")
+    spelled = dataclasses.replace(store.records[0], texts=("a<|im_end|>b",))
+    store = Datastore(store.embeddings[:1], [spelled], store.fingerprints)
+    *text, end = RecordReader(store, model.tokenizer, 64).tokens(0)
+    assert end == model.tokenizer.eos_token_id
+    assert {*text}.isdisjoint(model.tokenizer.all_special_ids)
+    assert model.tokenizer.decode(text).replace("\u2060", "") == "a<|im_end|>b"
+
+
 def test_settings_that_cannot_be_used(decoder):
     with pytest.raises(InputError, match="multiple of 8"):
         ContextConfig(width=12)

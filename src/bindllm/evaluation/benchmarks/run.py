@@ -254,14 +254,6 @@ def _embed(
     return embeddings
 
 
-def _lookup(model: BindLLM, embeddings: MediaEmbeddings) -> Lookup:
-    """Return the lookup of a model: of embeddings, and of records if it reads any."""
-    if model.datastore is None or model.context is None or not model.context.num_records:
-        return embeddings
-    reader = RecordReader(model.datastore, model.tokenizer, model.context.config.text_length)
-    return RetrievedRecords(embeddings, reader, model.context.num_records)
-
-
 @dataclass
 class _Run:
     """A benchmark, and the model and the folder of an evaluation."""
@@ -277,12 +269,12 @@ class _Run:
 
     def measure(self, found: Items, embeddings: MediaEmbeddings, progress: bool) -> dict[str, list[Line]]:
         """Return the lines of each variant."""
-        lookup = _lookup(self.model, embeddings)
         if self.model.cache:
             self.notes.append("measured without the visual cache of the model")
         if self.settings.tokenizer == "ptb":
             check_english(found.items)
         samples = self._samples(found)
+        lookup = self._lookup(embeddings, samples)
         self.items: Sequence[Item] = found.items
         self.notes += found.long_answers(self.model.tokenizer, self.settings.max_new_tokens or 1)
         self._lines = {(line["variant"], line["id"]): line for line in self.known}
@@ -347,6 +339,18 @@ class _Run:
         if not found.items:
             raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
         return [made[item.id] for item in found.items]
+
+    def _lookup(self, embeddings: MediaEmbeddings, samples: Sequence[Sample]) -> Lookup:
+        """Return the lookup of the model: of embeddings, and of records if it reads any."""
+        model = self.model
+        if model.datastore is None or model.context is None or not model.context.num_records:
+            return embeddings
+        reader = RecordReader(model.datastore, model.tokenizer, model.context.config.text_length)
+        found = RetrievedRecords(embeddings, reader, model.context.num_records)
+        found.retrieve(group for sample in samples for group in sample.conversation.media_groups)
+        if own := found.itself + found.equal:
+            self.notes.append(f"records that show the media of the questions were not read: {own:,}")
+        return found
 
     def _variants(self, samples: Sequence[Sample]) -> dict[str, list[int]]:
         """Return the positions of each variant of the model."""

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bindllm.conversation import end_tokens
+from bindllm.conversation import control_tokens, end_tokens
+from bindllm.conversation.guard import guard
 from bindllm.embeddings.datastore import READS_NO_RECORDS, Datastore
 from bindllm.errors import InputError
 from bindllm.model.context import NO_TOKEN
@@ -64,7 +65,9 @@ class RecordReader:
         return sum(len(self._encode(row)) > self.text_length for row in range(len(self.datastore)))
 
     def _encode(self, row: int) -> list[int]:
-        return self.tokenizer(self.datastore.records[row].text, add_special_tokens=False)["input_ids"]
+        # A datastore may be untrusted: as in a prompt, its texts must not spell the end of an answer.
+        text = guard(self.datastore.records[row].text, control_tokens(self.tokenizer), escape=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def find_records(
