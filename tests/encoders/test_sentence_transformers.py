@@ -49,6 +49,8 @@ def test_texts_through_a_dense_layer(sentences):
         embed(short, "text", TEXTS), normalize(expected[:, :8], dim=-1), atol=1e-5, rtol=1e-4
     )
     assert short.fingerprint() != encoder.fingerprint()
+    with pytest.raises(EncoderError, match="has 24 dimensions, not 25"):
+        _ = SentenceTransformers(str(sentences), dimensions=25).embedding_size
     # A chat template writes the texts that the model reads.
     (sentences / "chat_template.jinja").write_text("{{ messages }}")
     assert SentenceTransformers(str(sentences)).fingerprint() != encoder.fingerprint()

@@ -132,6 +132,9 @@ def test_stop_strings_of_the_caller_end_an_answer(decoder):
     assert model.generate("What?", stop_strings=[","]) == "ab,"
     assert model.generate("What?", generation_config=GenerationConfig(stop_strings=["b"])) == "ab"
     assert "".join(model.stream("What?", stop_strings=[","])) == "ab,"
+    assert model.generate("What?", stop_strings=[], max_new_tokens=8).startswith("ab,")
+    with pytest.raises(InputError, match="stop_strings is \\[''\\], expected texts"):
+        model.generate("What?", stop_strings="")
 
 
 @pytest.mark.parametrize(

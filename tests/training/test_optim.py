@@ -123,6 +123,10 @@ def test_an_optimizer_without_weight_decay():
         ({"optimizer": "torch.optim.Rprop"}, r"Rprop has no weight_decay, and the recipe's is 0\.05"),
         ({"options": {"momentum": 0.5}}, "those of another optimizer"),
         (
+            {"optimizer": "torch.optim.NAdam", "options": {"weight_decay": 0.5}},
+            r"set model\.optim\.weight_decay instead",
+        ),
+        (
             {"optimizer": "torch.optim.NAdam", "betas": (0.8, 0.9)},
             r"betas are those of AdamW.*optim\.options",
         ),

@@ -237,7 +237,10 @@ class SentenceTransformers:
             key: value.to(self._device) if isinstance(value, Tensor) else value
             for key, value in fields.items()
         }
-        return model(on_device)["sentence_embedding"][:, : self.config["dimensions"] or model.truncate_dim]
+        rows, wanted = model(on_device)["sentence_embedding"], self.config["dimensions"]
+        if (wanted or 0) > rows.shape[1]:
+            raise EncoderError(f"{self._name} has {rows.shape[1]} dimensions, not {wanted}")
+        return rows[:, : wanted or model.truncate_dim]
 
     @property
     def _name(self) -> str:

@@ -69,6 +69,9 @@ class OptimConfig:
             raise InputError(
                 f"model.optim.betas are those of AdamW; give {self.optimizer} its own in model.optim.options"
             )
+        # Each group of parameters has its own, and torch would ignore this one.
+        if "weight_decay" in self.options:
+            raise InputError("model.optim.options has weight_decay: set model.optim.weight_decay instead")
         # Negated comparisons would accept NaN; these refuse it. A warm-up without end would keep the rate at zero.
         wrong = [
             f"{name} is {value}, expected {expected}"

@@ -213,6 +213,12 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         )
     if not 0 <= (options.get("min_probability") or 0) <= 1:
         raise InputError(f"min_probability is {options['min_probability']}, expected 0 to 1")
+    if (stops := options.pop("stop_strings", None)) is not None:
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        # An empty text is found at once, and would make every answer empty.
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise InputError(f"stop_strings is {stops}, expected texts of at least one character")
+        options |= {"stop_strings": stops} if stops else {}
     defaults: dict[str, Any] = {"do_sample": any(options.get(name) is not None for name in _SAMPLING)}
     if options.get("max_length") is None:
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
