@@ -151,6 +151,10 @@ def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
         (["--data.max_length", "2"], "none of 20 rows can be used: 20 x the prompt leaves no room"),
         (["--data.store", "recipe.yaml/store"], "recipe.yaml is a file"),
         (["--trainer.precision", "bf16-true"], "trainer.precision is bf16-true"),
+        (
+            ["--model.optim.optimizer", "torch.optim.NAdam", "--model.optim.options", "{spead: 1}"],
+            "1. model.optim: torch.optim.NAdam refuses its arguments",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_train_has_problems(options, told, parts, capsys):

@@ -63,10 +63,15 @@ def test_a_model_is_uploaded_and_loaded_by_its_commit(hub, capsys):
     # Whatever else lies there is not downloaded: pickles and code.
     Path("hub/me/tiny/evil.bin").write_bytes(b"x")
     Path("hub/me/tiny/evil.py").write_bytes(b"x")
+    # Both files of an index are.
+    Path("hub/me/tiny/index").mkdir()
+    for name in ("a.faiss", "a.keys"):
+        Path("hub/me/tiny/index", name).write_bytes(b"x")
     loaded = BindLLM.from_pretrained("me/tiny", revision=COMMIT, allow=["tiny.ColorEncoder"], device="cpu")
     assert loaded.generate("What?", max_new_tokens=4) == model.generate("What?", max_new_tokens=4)
     assert hub == [("me/tiny", COMMIT)]
     assert not list(Path("cache").rglob("evil*"))
+    assert len(list(Path("cache").rglob("index/a.*"))) == 2
     line = [
         "generate",
         "me/tiny",

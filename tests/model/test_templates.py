@@ -126,6 +126,8 @@ def test_a_template_is_a_text_or_a_file_and_takes_options(tmp_path):
     assert [text_of(t, ("user", "X"), header=False) for t in loaded] == ['a "b" \U0001f600' + plain, plain]
     with pytest.raises(DecoderError, match=r"none\.jinja is missing.*give a file with a Jinja template"):
         DecoderConfig(folder, template="none.jinja")
+    with pytest.raises(InputError, match=r"has marks, which .* does not read. Did you mean 'mark'\?"):
+        load_tokenizer(DecoderConfig(folder, template=text, template_options={"marks": 1}))
     for options in ({"enable thinking": True}, {"mark": [1]}, {"mark": float("nan")}):
         with pytest.raises(InputError, match=r"template_options has .*enable_thinking: true"):
             DecoderConfig(folder, template_options=options)

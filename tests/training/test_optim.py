@@ -122,6 +122,7 @@ def test_an_optimizer_without_weight_decay():
         ({"optimizer": "torch.optim.SGD", "options": {"speed": 1}}, "refuses its arguments"),
         ({"optimizer": "torch.optim.Rprop"}, r"Rprop has no weight_decay, and the recipe's is 0\.05"),
         ({"options": {"momentum": 0.5}}, "those of another optimizer"),
+        ({"optimizer": "torch.optim.LBFGS", "weight_decay": 0}, "LBFGS refuses its arguments"),
         (
             {"optimizer": "torch.optim.NAdam", "options": {"weight_decay": 0.5}},
             r"set model\.optim\.weight_decay instead",

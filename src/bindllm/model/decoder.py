@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -220,6 +222,13 @@ def load_tokenizer(config: DecoderConfig) -> PreTrainedTokenizerBase:
     elif config.template is not None:
         tokenizer.chat_template = config.template
     check_tokenizer(tokenizer)
+    # Jinja would ignore a variable that the template does not read.
+    words = set(re.findall(r"\w+", tokenizer.chat_template))
+    if unread := sorted({*(config.template_options or {})} - words):
+        hint = "".join(f" Did you mean {word!r}?" for word in get_close_matches(unread[0], words, 1))
+        raise InputError(
+            f"decoder.template_options has {unread[0]}, which the chat template of {folder} does not read.{hint}"
+        )
     # Into the template too, before the rest of it: training, evaluation and each request get the same.
     # Jinja reads an escape of JSON for half of an emoji as a character of its own.
     dumps = partial(json.dumps, ensure_ascii=False)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bindllm.model.bindllm import BindLLM
 
 
-_FILES = ["*.json", "*.safetensors", "*.md", "*.yaml", "*.tsv", "*.jsonl", "*.faiss"]
+_FILES = ["*.json", "*.safetensors", "*.md", "*.yaml", "*.tsv", "*.jsonl", "*.faiss", "*.keys"]
 """Files of a checkpoint folder that are downloaded: code and pickles never are."""
 
 

@@ -87,8 +87,9 @@ class OptimConfig:
         if wrong:
             raise InputError(f"model.optim: {'; '.join(wrong)}")
         if self.optimizer != ADAMW:
-            # A name or an argument that is wrong is found when the recipe is read.
-            _build_other([{"params": [nn.Parameter(torch.zeros(1))]}], self)
+            # A name or an argument that is wrong is found when the recipe is read. A run has up to two groups.
+            groups = [{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((1, 1), (1,))]
+            _build_other(groups, self)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

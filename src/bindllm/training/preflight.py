@@ -302,7 +302,8 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
     for name, value in values.items():
         with single.noted():
             build({**required, name: value})
-    problems += dict.fromkeys(single or [whole])
+    # A field may be wrong only without the others, such as the options of another optimizer.
+    problems += dict.fromkeys(single if len(single) > 1 or whole in single else [whole])
     return None
 
 
