@@ -202,7 +202,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"a save into {folder} was killed just as it took the place of the earlier checkpoint, which is whole "
                 f"in {aside}: rename it to {folder.name}, or save again"
             )
-        raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}")
+        hint = " For a model on the hub, give its revision too." if len(folder.parts) == 2 else ""
+        raise CheckpointError(f"checkpoint folder {str(folder)!r} does not exist. {_siblings(folder)}{hint}")
     # Before the search below: another folder may be large, and hold pickles rightly.
     manifest = read_json(
         folder / MANIFEST, CheckpointError, "without it a folder is not a bindllm checkpoint"
