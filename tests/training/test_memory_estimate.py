@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bindllm.encoders import Tuned
 from bindllm.errors import DecoderError, InputError
@@ -19,6 +20,7 @@ from tiny import (
     TokenEncoder,
     color_images,
     save_tiny_decoder,
+    synthetic_efficientnet,
     tiny_decoder,
     tiny_tokenizer,
     tuned_encoder,
@@ -134,6 +136,13 @@ def test_a_tuned_encoder_saves_its_activations_for_each_media(plan, tmp_path):
         assert parts(tuned, moment)["encoders"] == 3 * 4 * 16 * 17
     pairs = parts(tuned, FORWARD, encoded=found, rejected=2, objective=ORPO())
     assert pairs["activations of encoders"] == 2 * 2 * 3 * found
+
+
+def test_weights_that_are_loaded_meanwhile_are_no_activations(tmp_path):
+    save_file(synthetic_efficientnet(), tmp_path / "model.safetensors")
+    entry = {"class_path": "bindllm.encoders.EfficientNetLite", "init_args": {"weights": str(tmp_path)}}
+    encoder, media = Tuned(entry, blocks=1), Media.image(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+    assert saved_bytes(encoder, media) == saved_bytes(encoder, media)
 
 
 @pytest.mark.parametrize("objective", [DPO, ORPO, KTO])

@@ -244,7 +244,6 @@ def encoder_bytes(encoder: Encoder) -> int:
 
 def saved_bytes(encoder: Tuned, media: Media) -> int:
     """Return the bytes that autograd saves in a forward pass of an encoder with one media, next to its weights."""
-    known = {value.untyped_storage()._cdata for value in _weights(encoder)}
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -262,6 +261,8 @@ def saved_bytes(encoder: Tuned, media: Media) -> int:
     finally:
         for parameter, before in zip(trained, was_trained, strict=True):
             parameter.requires_grad_(before)
+    # Weights may have been loaded just now. The result holds the saved tensors until here.
+    known = {value.untyped_storage()._cdata for value in _weights(encoder)}
     del kept
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
 
