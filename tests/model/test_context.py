@@ -195,7 +195,7 @@ def test_the_word_before_is_in_the_keys_of_kind_cross_only(decoder):
     for ids in ([5, 6, 7], [6, 5, 7], [5, 6, 8]):
         inputs = unit(1, 1, 16), unit(1, 1, 1, 16), torch.ones(1, 1, 1), torch.tensor([[[ids]]]), embed
         tokens = model.context.read(*inputs)
-        keys, values = model.injection.context_reader.keys_and_values(0, tokens, torch.float32)
+        keys, values = model.injection.context_reader.keys_and_values(tokens, torch.float32)[0]
         found.append((keys[0].movedim(-1, 0), values[0, 0]))
     (keys, values), (other_keys, other_values), (_, last_values) = found
     torch.testing.assert_close(values[[1, 0, 2]], other_values)

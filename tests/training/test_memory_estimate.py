@@ -180,7 +180,9 @@ def test_bind_tokens_are_estimated_with_all_of_them_and_repeat(plan, objective, 
 def test_kto_has_two_forward_passes_at_once(plan):
     many = replace(plan, rows=16, tokens=65, supervised=16 * 64)
     once, twice = parts(many, FORWARD), parts(many, FORWARD, objective=KTO())
-    assert 2 * twice["logits"] == 3 * once["logits"]
+    # At the highest point the second is in its layers, next to all that the first keeps.
+    assert twice["logits"] == once["logits"]
+    assert twice["activations"] > 1.2 * once["activations"]
 
 
 def test_no_weight_is_made_for_a_large_bind_network(plan, monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bindllm.data.collate import Batch, model_inputs
 from bindllm.data.datamodule import BindData
@@ -17,6 +17,7 @@ from bindllm.data.rows import IGNORE, Row, Sample
 from bindllm.data.source_config import SourceConfig
 from bindllm.errors import InputError
 from bindllm.model.bindllm import BindLLM, BindOutput
+from bindllm.objectives.log_probs import log_probs
 from bindllm.parallel import RunContext
 
 Needs = Literal["answers", "pairs", "labels", "prompts"]
@@ -187,11 +188,11 @@ def token_log_probs(
         Log-probabilities in nats, [N], float32 (float64 if the logits are); and the row of each token, [N].
     """
     output = model(**model_inputs(batch))
-    # In float32, because differences of log-probabilities in bfloat16 are mostly rounding.
-    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-    # Logits are the largest tensors of a step, so no copy is made without need.
-    logits = logits if temperature == 1 else logits / temperature
-    return -nn.functional.cross_entropy(logits, output.targets, reduction="none"), output.rows
+    logits = output.logits
+    if temperature != 1:
+        # In float32, because differences of log-probabilities in bfloat16 are mostly rounding.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return log_probs(logits, output.targets[:, None])[:, 0], output.rows
 
 
 def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -271,8 +272,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
             "a batch has no supervised token, so it has no loss. Check the label mask of your rows with "
             "bindllm check --config RECIPE: captions may be empty, or data.max_length too small for the prompt"
         )
-    # In float32: a sum over a large vocabulary loses its small terms in bfloat16.
-    return nn.functional.cross_entropy(logits.to(torch.float32), targets)
+    return -log_probs(logits, targets[:, None]).mean()
 
 
 def unlikelihood_loss(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -295,7 +295,6 @@ def unlikelihood_loss(logits: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         0.0668
     """
     said = (rows[:, None] == rows).tril(-1) & (targets[:, None] != targets)
-    # Only N columns of the vocabulary are needed, not a copy of all logits.
-    log_probs = logits[:, targets].float() - logits.float().logsumexp(-1, keepdim=True)
-    unlikely = torch.log(-torch.expm1(log_probs.clamp(max=-1e-6)))
+    likely = log_probs(logits, targets.expand(len(targets), -1))
+    unlikely = torch.log(-torch.expm1(likely.clamp(max=-1e-6)))
     return -torch.where(said, unlikely, 0).sum() / len(targets)

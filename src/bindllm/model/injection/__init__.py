@@ -233,6 +233,10 @@ class Injection(nn.Module):
                 running.retrieved = BindContext.of_retrieved(retrieved, media_index)
         elif (state := _GENERATION.get()) is not None and state.injection is self:
             running = state.context(tokens.shape[0], _count_past(kwargs), tokens.shape[1])
+        if running is not None and self.reader is not None:
+            self._prepare(running, self.reader, decoder.dtype)
+            if running.retrieved is not None:
+                self._prepare(running.retrieved, self.context_reader, decoder.dtype)
         RUNNING.set(running)
         return args, kwargs
 
@@ -279,19 +283,25 @@ class Injection(nn.Module):
         hidden = context.add(hidden, term)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
+    def _prepare(self, context: BindContext, reader: CrossReader, dtype: torch.dtype) -> None:
+        """Compute keys and values of kind ``cross`` before the layers run: checkpointing would repeat it in one layer.
+
+        During a generation they stay the same, so they are computed once.
+        """
+        if not context.terms:
+            # The table of a generation is filled, and not replaced: its next step reads it.
+            context.terms = {} if context.terms is None else context.terms
+            context.terms.update(enumerate(reader.keys_and_values(context.bind, dtype)))
+
     def _read(
         self, index: int, hidden: Tensor, context: BindContext, reader: CrossReader, gates: Tensor
     ) -> Tensor:
         """Return the term of kind ``cross`` of layer ``index`` for bind or context tokens, [B, T, D]."""
-        found = None if context.terms is None else context.terms.get(index)
-        if found is None:
-            found = reader.keys_and_values(index, context.bind, hidden.dtype)
-            # During a generation keys and values stay the same, so they are computed once.
-            if context.terms is not None:
-                context.terms[index] = found
         masked = None if context.masked is None else context.masked.squeeze(3)
         # Closed for tokens without a group.
-        return reader(index, hidden, *found, gates[index], masked) * context.route.any(-1, keepdim=True)
+        return reader(index, hidden, *context.terms[index], gates[index], masked) * context.route.any(
+            -1, keepdim=True
+        )
 
     def _attend(self, index: int, projection: nn.Module, args: tuple, features: Tensor) -> None:
         """Several bind tokens, or context tokens: after the query projection [B, T, C], compute the terms."""

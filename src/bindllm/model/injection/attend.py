@@ -38,8 +38,8 @@ class BindContext:
         bind: bind vectors, [B, M, D], or bind tokens, [B, M, N, D].
         route: 1 if token ``t`` listens to group ``m``, else 0, [B, T, M].
         masked: the bind tokens that a token does not attend to, of `mask_tokens`, or None.
-        terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation, None
-            in training.
+        terms: gated terms, or keys and values, already computed, by layer; kept over the steps of a generation. In
+            training those of kind ``cross``, else None.
         arrivals: number of terms that were added in this forward.
         retrieved: the same for context tokens, which are always read by attention; None without any.
     """

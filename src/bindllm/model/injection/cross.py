@@ -50,19 +50,20 @@ class CrossReader(nn.Module):
         self.query = nn.Parameter(torch.zeros(num_layers, HEADS, width, HEAD_SIZE))
         self.key = nn.Parameter(torch.randn(num_layers, HEADS, key_width, HEAD_SIZE) * key_width**-0.5)
 
-    def keys_and_values(self, index: int, bind: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return scaled keys [B, R, d, M * N] and values [B, 1, M * N, D] of layer ``index``.
+    def keys_and_values(self, bind: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Return for each layer scaled keys [B, R, d, M * N] and values [B, 1, M * N, D].
+
+        All layers read the same tokens, so these are normalized once, and one product makes the keys of all.
 
         Args:
-            index: of the layer among those that are served.
             bind: bind tokens, [B, M, N, K].
             dtype: of the decoder.
         """
         values, rest = bind.flatten(1, 2).float().tensor_split([self.width], -1)
         values = nn.functional.rms_norm(values, (self.width,), eps=_EPS)
         sources, values = torch.cat([values, rest], -1).to(dtype), values.to(dtype)
-        keys = torch.einsum("bnd,rde->bren", sources, self.key[index].to(dtype)) * HEAD_SIZE**-0.5
-        return keys, values.unsqueeze(1)
+        keys = torch.einsum("bnd,lrde->lbren", sources, self.key.to(dtype) * HEAD_SIZE**-0.5)
+        return [(own, values.unsqueeze(1)) for own in keys.unbind()]
 
     def forward(
         self, index: int, hidden: Tensor, keys: Tensor, values: Tensor, gates: Tensor, masked: Tensor | None
