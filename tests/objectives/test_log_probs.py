@@ -38,7 +38,9 @@ def test_half_precision_is_summed_in_float32_and_its_gradient_rounded_once(dtype
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     assert logits.grad.dtype == dtype
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6)
+    torch.testing.assert_close(
+        logits.grad.double(), exact.grad, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-6
+    )
 
 
 def test_no_positions_have_no_log_probabilities():
