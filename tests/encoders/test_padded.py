@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from bindllm import BindLLM, Media
-from bindllm.encoders import Padded, alignment_warnings
+from bindllm.encoders import Padded, Tuned, alignment_warnings
 from bindllm.encoders.fusion import common_size
 from bindllm.errors import CheckpointError, EncoderError, InputError
+from bindllm.model.memory import encoder_bytes
 from bindllm.testing import check_encoder
 from cache_parts import TEXT
-from tiny import ColorEncoder, TokenEncoder, color_images, save_tiny_decoder, tiny_model
+from tiny import (
+    BlockEncoder,
+    ColorEncoder,
+    TokenEncoder,
+    color_images,
+    save_tiny_decoder,
+    tiny_model,
+    tuned_encoder,
+)
 from tiny_run import run, tiny_recipe
 
 ALLOW = ["tiny.TokenEncoder", "cache_parts.Words"]
@@ -23,6 +32,26 @@ def padded(kind: str, width: int, start: int, size: int = 20) -> Padded:
 @pytest.fixture
 def encoders():
     return [padded("tiny.TokenEncoder", 8, 0), padded("cache_parts.Words", 12, 8)]
+
+
+def test_the_blocks_of_a_padded_encoder_are_trained():
+    kind = "tiny.BlockEncoder"
+    entry = {"class_path": "bindllm.encoders.Padded", "init_args": {"start": 4, "size": 24, "allow": [kind]}}
+    entry["init_args"]["encoder"] = {"class_path": kind, "init_args": {"embedding_size": 16}}
+    encoder = Tuned(entry, blocks=1, allow=[kind])
+    assert encoder.embedding_size == 24
+    for parameter in encoder.parameters().values():
+        parameter.requires_grad_(True)
+    inputs = [encoder.prepare(Media.image(PIXELS))]
+    encoder.embed("image", inputs)[:, 4:9].sum().backward()
+    assert all(parameter.grad.any() for parameter in encoder.parameters().values())
+    assert encoder_bytes(encoder) == encoder_bytes(BlockEncoder()) == 3 * 4 * 17 * 16
+    with pytest.raises(InputError, match="put Tuned around Padded"):
+        _ = Padded(
+            {"class_path": "bindllm.encoders.Tuned", "init_args": tuned_encoder()["init_args"]}, 0, 20
+        ).modalities
+    with pytest.raises(InputError, match="TokenEncoder has no blocks"):
+        padded("tiny.TokenEncoder", 8, 0).blocks("image")
 
 
 def test_the_contract_is_kept(encoders):

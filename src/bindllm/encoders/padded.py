@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch.nn.functional as F
 
-from bindllm.encoders import Embedded, HasTokens, fingerprint, once, space_of
-from bindllm.encoders.trainable import build_tower
+from bindllm.encoders import Embedded, HasBlocks, HasTokens, fingerprint, once, space_of
+from bindllm.encoders.trainable import Tuned, build_tower
 from bindllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class Padded:
     @once
     def _inner(self) -> Encoder:
         made = build_tower(self._entry["class_path"], self._entry.get("init_args") or {}, allow=self._allow)
+        if isinstance(made, Tuned):
+            raise InputError(
+                "Padded is around Tuned, whose blocks would not be trained: put Tuned around Padded"
+            )
         if self._start + made.embedding_size > self.embedding_size:
             raise InputError(
                 f"{type(made).__name__} has {made.embedding_size} numbers, which do not fit into a vector of "
@@ -95,6 +99,14 @@ class Padded:
             found = self._inner.embed(modality, inputs, tokens=True)
             return Embedded(self._pad(found.embeddings), found.tokens)
         return self._pad(self._inner.embed(modality, inputs))
+
+    def blocks(self, modality: str) -> Sequence[Any]:
+        """Return the blocks of the encoder; `Tuned` around this one trains them."""
+        if not isinstance(self._inner, HasBlocks):
+            raise InputError(
+                f"{type(self._inner).__name__} has no blocks that can be trained (see bindllm.encoders.HasBlocks)"
+            )
+        return self._inner.blocks(modality)
 
     def _pad(self, embeddings: Tensor) -> Tensor:
         return F.pad(embeddings, (self._start, self.embedding_size - self._start - embeddings.shape[1]))

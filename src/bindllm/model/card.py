@@ -181,7 +181,7 @@ def parts_of(manifest: dict[str, Any], *, data: list[str] | None = None) -> list
 
 def encoder_folder(arguments: Mapping[str, Any]) -> str:
     """Return the folder, or id on the hub, that the arguments of an encoder name; empty if they name none."""
-    if isinstance(inner := arguments.get("encoder"), Mapping):
+    while isinstance(inner := arguments.get("encoder"), Mapping):
         arguments = inner.get("init_args") or {}
     return str(arguments.get("weights") or arguments.get("name") or "")
 

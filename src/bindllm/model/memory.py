@@ -238,7 +238,7 @@ def trace_step(
 
 def encoder_bytes(encoder: Encoder) -> int:
     """Return the bytes of the weights of an encoder that are loaded by now."""
-    # An encoder is any class: its weights are in the torch modules that it holds.
+    # An encoder is any class: its weights are in the torch modules that it holds, also in a dictionary.
     return sum(value.nbytes for value in _weights(encoder))
 
 
@@ -268,11 +268,14 @@ def saved_bytes(encoder: Tuned, media: Media) -> int:
 
 
 def _weights(encoder: Encoder) -> Iterator[Tensor]:
-    owner = encoder.base if isinstance(encoder, Tuned) else encoder
-    for part in vars(owner).values():
+    values = vars(encoder).values()
+    for part in (one for value in values for one in (value.values() if isinstance(value, dict) else [value])):
         if isinstance(part, nn.Module):
             yield from part.parameters()
             yield from part.buffers()
+        # An encoder around another one, such as Tuned.
+        elif hasattr(part, "embedding_size"):
+            yield from _weights(part)
 
 
 def resident_bytes() -> int:

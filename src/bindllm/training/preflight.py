@@ -292,11 +292,8 @@ def _build(kind: type, values: Mapping[str, Any], problems: Problems) -> Any:
         return build(values)
     except BindLLMError as error:
         whole = str(error)
-    required = {
-        field.name: values[field.name]
-        for field in fields(kind)
-        if field.default is MISSING and field.default_factory is MISSING
-    }
+    without_default = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    required = {name: values[name] for name in without_default}
     # A dataclass raises at its first wrong field: each field is tried with the required ones only.
     single = Problems()
     for name, value in values.items():
