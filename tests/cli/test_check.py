@@ -152,7 +152,7 @@ def test_a_stage_before_that_was_made_for_another_base(parts, capsys):
         (["--data.store", "recipe.yaml/store"], "recipe.yaml is a file"),
         (["--trainer.precision", "bf16-true"], "trainer.precision is bf16-true"),
         (
-            ["--model.optim.optimizer", "torch.optim.NAdam", "--model.optim.options", "{spead: 1}"],
+            ["--model.optim.optimizer", "torch.optim.NAdam", "--model.optim.options", "{speed_up: 1}"],
             "1. model.optim: torch.optim.NAdam refuses its arguments",
         ),
     ],
