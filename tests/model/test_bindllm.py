@@ -406,6 +406,8 @@ def _fail(*_):
         ({"temperature": 0}, "leave it out to be greedy"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"num_beams": 0}, "at least 1"),
+        ({"num_beams": 1.5}, "whole number of at least 1"),
+        ({"top_p": 2}, "top_p is 2, expected more than 0 and at most 1"),
     ],
 )
 def test_options_out_of_range_are_refused(model, options, words):
@@ -431,8 +433,10 @@ def test_nothing_to_encode_and_odd_prompts_are_refused(model):
         model.encode([])
     with pytest.raises(InputError, match="a prompt is"):
         model.generate(3)
-    with pytest.raises(InputError, match="a stream has no num_beams"):
-        list(model.stream("What?", num_beams=2))
+    several = {"num_return_sequences": 2, "do_sample": True}
+    for prompt, options in (("What?", {"num_beams": 2}), ("What?", several), (["What?", "Who?"], {})):
+        with pytest.raises(InputError, match="a stream is one answer to one prompt"):
+            list(model.stream(prompt, **options))
     with pytest.raises(InputError, match="not a Message"):
         Conversation("hello")
     huge = Media.image(image("red").source, weight=1e308)
@@ -716,5 +720,5 @@ def test_padding_after_a_stop_string_is_not_doubted(decoder, monkeypatch):
 def test_a_probability_out_of_range_is_refused(model, value):
     with pytest.raises(InputError, match="min_probability is .*expected 0 to 1"):
         model.generate("What?", min_probability=value)
-    with pytest.raises(InputError, match="a stream has no"):
+    with pytest.raises(InputError, match="a stream is one answer"):
         list(model.stream("What?", min_probability=0.5))

@@ -46,6 +46,7 @@ from bindllm.model.generation import (
     Prompt,
     answer_settings,
     check_options,
+    check_stream,
     decode_answers,
     generate_options,
     is_one,
@@ -407,11 +408,7 @@ class BindLLM(nn.Module):
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; ``recent`` as for `encode`, the others as for `generate`."""
         options = check_options(options)
-        # Beam search may replace tokens that were already printed.
-        if options.get("num_beams", 1) > 1 or options.get("min_probability"):
-            raise InputError(
-                "a stream has no num_beams and min_probability: its pieces are final. Use generate"
-            )
+        check_stream(prompt, options)
         batch = self.prepare(prompt, media, cache, shots, recent=recent, **options)
         run = partial(self.generate_from, *batch, **find_records(self, batch[3], datastore), **options)
         yield from stream_text(run, self.tokenizer, self.settings.eos_token_id)

@@ -201,16 +201,16 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"the option {name} has no effect on the text of an answer here: remove it")
         if name not in known:
             raise InputError(f"unknown option {name!r} of generate. {did_you_mean(name, known)}")
-        if (
-            name in ("max_new_tokens", "num_beams", "num_return_sequences")
-            and value is not None
-            and value < 1
-        ):
-            raise InputError(f"{name} is {value}, expected at least 1")
+        is_count = name in ("max_new_tokens", "num_beams", "num_return_sequences") and value is not None
+        if is_count and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
     if options.get("temperature") is not None and options["temperature"] <= 0:
         raise InputError(
             f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
         )
+    # transformers takes any other number for no limit.
+    if options.get("top_p") is not None and not 0 < options["top_p"] <= 1:
+        raise InputError(f"top_p is {options['top_p']}, expected more than 0 and at most 1")
     if not 0 <= (options.get("min_probability") or 0) <= 1:
         raise InputError(f"min_probability is {options['min_probability']}, expected 0 to 1")
     if (stops := options.pop("stop_strings", None)) is not None:
@@ -223,6 +223,20 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("max_length") is None:
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
     return {**defaults, **options}
+
+
+def check_stream(prompt: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a stream of anything but one answer whose pieces are final.
+
+    Raises:
+        InputError: several prompts or answers, beams, which may replace printed tokens, or ``min_probability``.
+    """
+    several = any((options.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
+    if not is_one(prompt) or several or options.get("min_probability"):
+        raise InputError(
+            "a stream is one answer to one prompt, without num_beams, num_return_sequences and min_probability. Use "
+            "generate"
+        )
 
 
 @contextmanager
