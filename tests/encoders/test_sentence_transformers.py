@@ -74,6 +74,21 @@ def test_the_blocks_of_a_pipeline_are_trained(sentences):
         Tuned(entry, blocks=1).parameters()
 
 
+def test_prompts_are_those_of_the_library(sentences):
+    own = library.SentenceTransformer(str(sentences))
+    own[1].include_prompt = False
+    own.prompts, own.default_prompt_name = {"query": "find: "}, "query"
+    own.save(str(sentences))
+    for prompt in (None, "see: ", ""):
+        encoder = SentenceTransformers(str(sentences), prompt=prompt)
+        expected = normalize(own.encode(TEXTS, prompt=prompt, convert_to_tensor=True), dim=-1)
+        torch.testing.assert_close(embed(encoder, "text", TEXTS), expected, atol=1e-5, rtol=1e-4)
+    plain = SentenceTransformers(str(sentences), prompt="")
+    assert not torch.allclose(
+        embed(plain, "text", TEXTS), embed(SentenceTransformers(str(sentences)), "text", TEXTS)
+    )
+
+
 def test_texts_that_are_cut_are_reported(sentences):
     encoder = SentenceTransformers(str(sentences))
     limit = encoder._model.max_seq_length

@@ -125,7 +125,8 @@ def test_a_tuned_encoder_saves_its_activations_for_each_media(plan, tmp_path):
     color_images(tmp_path)
     media = Media.image(tmp_path / "images" / "red0.png")
     encoder = Tuned(**tuned_encoder()["init_args"])
-    found = saved_bytes(encoder, media)
+    found = saved_bytes(encoder, [Media.image(tmp_path / "none.png"), media])
+    assert saved_bytes(encoder, []) == 0
     # Of 16 float32 numbers: inputs of two trained projections, two results of tanh, and the vector that is normalized.
     assert 5 * 64 <= found < 6 * 64
     assert not any(parameter.requires_grad for parameter in encoder.parameters().values())
@@ -142,7 +143,7 @@ def test_weights_that_are_loaded_meanwhile_are_no_activations(tmp_path):
     save_file(synthetic_efficientnet(), tmp_path / "model.safetensors")
     entry = {"class_path": "bindllm.encoders.EfficientNetLite", "init_args": {"weights": str(tmp_path)}}
     encoder, media = Tuned(entry, blocks=1), Media.image(torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
-    assert saved_bytes(encoder, media) == saved_bytes(encoder, media)
+    assert saved_bytes(encoder, [media]) == saved_bytes(encoder, [media])
 
 
 @pytest.mark.parametrize("objective", [DPO, ORPO, KTO])

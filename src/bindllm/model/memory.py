@@ -11,7 +11,8 @@ import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from bindllm.encoders import Encoder
 from bindllm.encoders.trainable import Tuned
-from bindllm.errors import DecoderError, InputError
+from bindllm.errors import DecoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, without_weights
@@ -242,8 +243,14 @@ def encoder_bytes(encoder: Encoder) -> int:
     return sum(value.nbytes for value in _weights(encoder))
 
 
-def saved_bytes(encoder: Tuned, media: Media) -> int:
-    """Return the bytes that autograd saves in a forward pass of an encoder with one media, next to its weights."""
+def saved_bytes(encoder: Tuned, media: Iterable[Media]) -> int:
+    """Return the bytes that autograd saves for the first of these media that can be read; 0 if there is none."""
+    for item in media:
+        with suppress(MediaError):
+            inputs = [encoder.prepare(item)]
+            break
+    else:
+        return 0
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -257,7 +264,7 @@ def saved_bytes(encoder: Tuned, media: Media) -> int:
         for parameter in trained:
             parameter.requires_grad_(True)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            kept = encoder.embed(media.modality, [encoder.prepare(media)])
+            kept = encoder.embed(encoder.modality, inputs)
     finally:
         for parameter, before in zip(trained, was_trained, strict=True):
             parameter.requires_grad_(before)

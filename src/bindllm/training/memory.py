@@ -342,8 +342,8 @@ def plan_run(
     # Ours that run the model on the same rows: another class may need columns that only it adds.
     objective = KTO() if needs == "labels" else ORPO() if shape.get("rejected") else NextToken()
     tuned = tuned_encoders(encoders).values() if "encoders" in model["trainable"] else ()
-    media = {item.modality: item for row in reversed(rows) for item in reversed(row.media)}
-    saved = [saved_bytes(one, media[one.modality]) for one in tuned if one.modality in media]
+    media = [item for row in rows for item in row.media]
+    saved = [saved_bytes(one, (item for item in media if item.modality == one.modality)) for one in tuned]
     devices = _devices(trainer, device)
     if tuned_encoders(encoders) and device == "cpu":
         # This process has loaded them already, and the table lists them.
