@@ -244,7 +244,7 @@ def encoder_bytes(encoder: Encoder) -> int:
 
 
 def saved_bytes(encoder: Tuned, media: Iterable[Media]) -> int:
-    """Return the bytes that autograd saves for the first of these media that can be read; 0 if there is none."""
+    """Return the bytes that autograd saves for the first of these media that can be read, or 0."""
     for item in media:
         with suppress(MediaError):
             inputs = [encoder.prepare(item)]
