@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bindllm.encoders import EfficientNetLite
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.decoder import DecoderConfig, default_device, load_decoder, load_tokenizer
+from bindllm.objectives import next_token_loss
 
 DECODER = DecoderConfig("checkpoints/smollm2-135m-instruct")
 # LLaMA-1 7B: 32 layers of width 4096, the size of the published ImageBind-LLM.
@@ -83,4 +84,4 @@ def bare_loss(decoder: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def bound_loss(model: BindLLM, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of the bound model on the same batch."""
     output = model(**batch)
-    return torch.nn.functional.cross_entropy(output.logits.float(), output.targets)
+    return next_token_loss(output.logits, output.targets)

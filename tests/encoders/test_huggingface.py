@@ -41,8 +41,9 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
 )
+from transformers.utils import logging
 
-from bindllm.encoders import HuggingFace, Tuned
+from bindllm.encoders import HuggingFace, Tuned, hub
 from bindllm.errors import EncoderError, InputError, MediaError
 from bindllm.media import Media
 from bindllm.testing import check_encoder
@@ -503,3 +504,14 @@ def test_a_bad_picture_is_a_media_error(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(MediaError, match=r"broken\.png"):
         encoder.prepare(Media.image(tmp_path / "broken.png"))
+
+
+def test_loading_leaves_the_settings_of_transformers_as_they_were():
+    logging.enable_progress_bar()
+    try:
+        with pytest.raises(EncoderError, match="no usable model"), hub.loading("folder"):
+            assert not logging.is_progress_bar_enabled()
+            raise ValueError
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.disable_progress_bar()

@@ -421,7 +421,7 @@ def loading(
 
     never_ask()
     # Restored afterwards: the caller's setting is not ours to change.
-    verbosity = logging.get_verbosity()
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -433,6 +433,7 @@ def loading(
         raise failure(f"{folder}: no usable {part} here ({_loading_error(folder, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if shows_bars else logging.disable_progress_bar)()
 
 
 def _loading_error(folder: str | Path, error: Exception) -> str:
