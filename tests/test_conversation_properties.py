@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unicodedata import normalize
+
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -75,8 +77,8 @@ def talk(turns: list[tuple[str, str]], *, images: bool = False) -> Conversation:
 
 
 def plain(text: str) -> str:
-    """Without the characters that tell nothing: white space, and the joiner that escapes control tokens."""
-    return "".join(text.split()).replace("\u2060", "")
+    """In form NFC, without white space and the joiner that escapes control tokens, which tell nothing."""
+    return normalize("NFC", "".join(text.split()).replace("\u2060", ""))
 
 
 @kinds

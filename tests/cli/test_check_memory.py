@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("work")
 def test_parts_and_largest_batch_are_shown(parts, capsys):
     assert run("check", tiny_recipe(parts), "--memory", "--rows", "0") == 0
     told = capsys.readouterr().out
-    for part in ("decoder", "activations", "logits", "optimizer", "framework", "total"):
+    for part in ("decoder", "activations", "optimizer", "framework", "total"):
         assert part in told
     # "red square<|im_end|>" and its prompt, one token a letter.
     assert "with 4 rows of " in told
