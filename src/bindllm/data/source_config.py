@@ -321,7 +321,8 @@ class SourceConfig:
             )
         if self.format == "vqa" and not all(QUESTION in text for text in prompts.values()):
             raise InputError(
-                f"{self.path}: prompts of vqa are frames around {QUESTION}, which each of them must contain, not {prompts}"
+                f"{self.path}: prompts of vqa are frames around {QUESTION}, which each of them must contain, not "
+                f"{prompts}"
             )
         # zh-CN and zh_cn are one language, which cannot have two prompts.
         if len({language_named(name) for name in prompts}) < len(prompts):

@@ -247,9 +247,7 @@ def read_delimited(
 ) -> Iterator[tuple[str, Record]]:
     """Yield the rows of CSV or TSV, see `read_table`.
 
-    Args:
-        path, required, skipped: as for `read_table`.
-        has_quotes: whether a field may be in quotation marks; None: in CSV only.
+    With ``has_quotes`` a field may be in quotation marks; by default in CSV only.
     """
     is_csv = path.suffix.lower() == ".csv"
     # Strict, since the text of a faulty quotation is a guess.
