@@ -409,12 +409,11 @@ def generator_states(processes: Processes, device: torch.device) -> GeneratorSta
 def restore_generators(states: GeneratorStates, processes: Processes, device: torch.device) -> None:
     """Restore the random number generators of this process from the result of `generator_states`."""
     own = states[processes.rank]
-    # Lists are from states of earlier versions.
-    torch.set_rng_state(torch.as_tensor(own["torch"], dtype=torch.uint8))
+    torch.set_rng_state(own["torch"])
     name, words, *rest = own["numpy"]
     np.random.set_state((name, np.asarray(words), *rest))
     version, words, normal = own["python"]
     random.setstate((version, tuple(words), normal))
     # A run that was saved on another kind of device resumes too, with a new sequence there.
     if device.type == "cuda" and "cuda" in own:
-        torch.cuda.set_rng_state(torch.as_tensor(own["cuda"], dtype=torch.uint8), device)
+        torch.cuda.set_rng_state(own["cuda"], device)
