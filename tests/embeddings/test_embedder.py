@@ -43,6 +43,29 @@ def test_results_in_order_whatever_the_batches():
     torch.testing.assert_close(rows, expected(images))
 
 
+class FailsAtFirst(CountingEncoder):
+    """Its first media meets a fault of CPython in threads, or another error of the interpreter."""
+
+    message = "AST constructor recursion depth mismatch (before=36, after=32)"
+
+    def prepare(self, media):
+        message, self.message = self.message, ""
+        if message:
+            raise SystemError(message)
+        return super().prepare(media)
+
+
+def test_a_fault_of_python_in_threads_costs_no_media():
+    images = [Media.image(image_bytes(n)) for n in range(3)]
+    with Embedder([FailsAtFirst()]) as embedder:
+        rows = torch.stack([result.embedding for result in embedder.embed_in_order(images)])
+    torch.testing.assert_close(rows, expected(images))
+    encoder = FailsAtFirst()
+    encoder.message = "another error"
+    with Embedder([encoder]) as embedder, pytest.raises(SystemError, match="another error"):
+        embedder.embed_in_order(images)
+
+
 def test_batches_depend_on_sizes_only(monkeypatch):
     """So a stream that resumes makes the same batches, however fast its threads are."""
 

@@ -19,7 +19,7 @@ from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.embeddings.embedder import RecentEmbeddings, embed_groups
 from bindllm.embeddings.precompute import precompute_embeddings
 from bindllm.embeddings.store import EmbeddingStore
-from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders import Encoder, encoder_for, prepare
 from bindllm.encoders.fusion import common_size, fuse_groups
 from bindllm.encoders.tokens import group_tokens, token_size
 from bindllm.encoders.trainable import tuned_encoders
@@ -236,7 +236,7 @@ class LiveEmbeddings:
     def _problem(self, media: Media) -> tuple[Media, str]:
         """Return why a media cannot be prepared, "" if it can."""
         try:
-            encoder_for(media.modality, self._encoders).prepare(media)
+            prepare(media, self._encoders)
         except MediaError as error:
             return media, str(error)
         return media, ""

@@ -19,7 +19,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bindllm.encoders import Encoder, encoder_for
+from bindllm.encoders import Encoder, encoder_for, prepare
 from bindllm.encoders.fusion import fuse_groups
 from bindllm.encoders.tokens import group_tokens, reduce_tokens, token_size
 from bindllm.errors import BindLLMError, InputError, MediaError
@@ -192,9 +192,8 @@ class Embedder:
         media = work.media
         prepared = EmbeddingResult(work.key, work.name or media.name, media.modality)
         try:
-            encoder = encoder_for(media.modality, self.encoders)
             with decoding_one(self._budget) as warnings:
-                inputs = encoder.prepare(media)
+                inputs = prepare(media, self.encoders)
             if check is not None:
                 check(work)
         except self.reported as error:

@@ -68,6 +68,9 @@ _HOMES = {
 }
 
 
+_TRIES = 5
+
+
 # How to read this: the seven members below are the whole contract, without a base class to inherit from.
 class Encoder(Protocol):
     """A frozen model from media to unit embeddings; any class with these members is one.
@@ -196,6 +199,25 @@ def encoder_for(modality: str, encoders: Sequence[Encoder]) -> Encoder:
         f"no encoder serves the modality {modality!r}; the encoders here serve: {', '.join(served) or 'nothing'}. "
         f"{hint}Name one that does under `encoders` of the recipe"
     )
+
+
+def prepare(media: Media, encoders: Sequence[Encoder]) -> Any:
+    """Return a media as its encoder prepares it; may run in several threads.
+
+    Raises:
+        InputError: no encoder serves its modality.
+        MediaError: it cannot be read.
+    """
+    encoder = encoder_for(media.modality, encoders)
+    for _ in range(_TRIES - 1):
+        try:
+            return encoder.prepare(media)
+        # numpy parses the header of an NPY file as Python text. Before 3.11.8 that can fail when another thread does
+        # the same (https://github.com/python/cpython/issues/106905), and a good file would end the run.
+        except SystemError as error:
+            if "recursion depth mismatch" not in str(error):
+                raise
+    return encoder.prepare(media)
 
 
 def skipped_encoders(encoders: Sequence[Encoder]) -> list[str]:

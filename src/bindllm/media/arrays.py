@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import io
 import math
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,6 @@ NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 
 # Version 3.0 only adds names outside of Latin-1 to records, which are refused anyway.
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# numpy parses a header as a Python literal. In CPython 3.11 that can fail in several threads at once
-# (https://github.com/python/cpython/issues/106905), and a good file would be skipped as a damaged one.
-_PARSING = threading.Lock()
 _MAX_MEMBERS = 1000
 _MAX_LINE = 1 << 16
 _BLOCK = 1 << 23
@@ -70,9 +66,9 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
             raise MediaError(f"an NPY file of version {version}; expected 1.0 or 2.0. Save it again")
-        with _PARSING:
-            shape, is_fortran, dtype = _HEADERS[version](stream)
-    except MediaError:
+        shape, is_fortran, dtype = _HEADERS[version](stream)
+    # A fault of CPython in threads, after which `bindllm.encoders.prepare` tries again.
+    except (MediaError, SystemError):
         raise
     # The header is parsed as Python text, so errors in it raise many classes of exception.
     except Exception as error:
