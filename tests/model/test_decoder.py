@@ -48,10 +48,19 @@ def test_tokenizers_that_lack_something_name_the_remedy(tmp_path):
         load(eos_token=None)
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_cpus_use_bfloat16_only_where_they_multiply_it(monkeypatch, amx):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    assert choose_dtype("cpu") == (torch.bfloat16 if amx else torch.float32)
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_cpus_use_bfloat16_only_where_it_is_faster(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_dtype("cpu") == dtype
 
 
 def test_the_dtype_of_the_recipe_wins(tmp_path):

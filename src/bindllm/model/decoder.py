@@ -171,14 +171,17 @@ class DecoderConfig:
 def choose_dtype(device: str | torch.device) -> torch.dtype:
     """Return the fastest safe dtype of a frozen decoder on this device.
 
-    bfloat16 if the hardware multiplies bfloat16 matrices: GPUs that report it, and CPUs with AMX tiles. Other CPUs
-    convert on the fly and are slower than in float32; `benchmarks` measures it.
+    bfloat16 if the hardware multiplies bfloat16 matrices fast: GPUs that report it, CPUs with AMX tiles, and AMD's with
+    AVX-512 bfloat16 (Zen 4 and later). On other CPUs it is slower than float32; `benchmarks` measures it.
     """
     # Emulated bfloat16 of old GPUs would be slower than float16.
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if torch.device(device).type == "cpu":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+        cpu = torch.cpu.get_capabilities()
+        # Intel's cores have the instruction too, but there it takes twice as long as float32.
+        is_fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in str(cpu.get("cpu_name")))
+        return torch.bfloat16 if is_fast else torch.float32
     return torch.bfloat16
 
 
