@@ -128,8 +128,6 @@ def check_replaceable(path: Path, marker: str, failure: type[BindLLMError], *, k
 
     Args:
         path: may be missing, or an empty folder.
-        marker: the file that every folder of this kind has.
-        failure: the type of the error.
         kind: of the folder, such as "a bindllm checkpoint".
 
     Raises:
@@ -216,8 +214,6 @@ def open_tensors(
     """Open a safetensors file, whose tensors stay on the disk until they are read.
 
     Args:
-        path: the file.
-        failure: the type of the errors.
         advice: what to do about a missing or damaged file, as the end of the message.
 
     Raises:

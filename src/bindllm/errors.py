@@ -77,8 +77,6 @@ class MissingExtraError(BindLLMError, ImportError):
     """An optional package that is not installed.
 
     Args:
-        package: name of the package that could not be imported.
-        extra: the extra of bindllm that brings it.
         purpose: what needs it, as the end of the sentence "... is needed to ...".
     """
 

@@ -113,11 +113,8 @@ def build_named(
     """Build an object of the class that a file names.
 
     Args:
-        path: import path of the class, as the file gives it.
-        arguments: of its constructor.
         allow: import paths outside ``bindllm.`` that the caller trusts. It replaces any ``allow`` in ``arguments``.
         problem: returns why what the path leads to must not be called, as the end of "it is ..."; "": it may be.
-        failure: the type of the errors.
 
     Raises:
         BindLLMError: a ``failure``: the class is not allowed, has a problem, or cannot be imported or built.

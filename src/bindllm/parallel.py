@@ -50,8 +50,6 @@ class Processes:
     """The processes of a run, as one of them sees them; without arguments, a single process.
 
     Args:
-        rank: index of this process, from 0.
-        world_size: number of processes.
         gather: takes a JSON-compatible value, waits for all processes, and returns their values in order of rank.
             It raises if a process has ended.
         threads: number of reader threads for this process; None: one for each CPU core.
@@ -121,10 +119,7 @@ class RunContext:
     """Where a run works; without arguments, a single process on the CPU.
 
     Args:
-        processes: the processes of the run, and which of them this one is.
-        device: device of this process.
         folder: folder of the run's own files.
-        progress: whether this process shows progress bars.
         resumed: whether training continues from a saved state.
     """
 

@@ -67,7 +67,6 @@ def pair_shots(shots: Sequence[Any] | None, count: int) -> list[tuple[Shot, ...]
 
     Args:
         shots: one list of `Shot` for all prompts, or one list for each; None: no shots.
-        count: number of prompts.
 
     Raises:
         InputError: not a list, an item that is not a `Shot`, or another number of lists than prompts.
@@ -111,9 +110,6 @@ def few_shot_prompts(
     A warning reports the number of skipped shots.
 
     Args:
-        conversations: prompts, which end with a question.
-        shots: the shots of each.
-        tokenizer: the decoder's tokenizer.
         limit: maximum number of tokens of a prompt; None: no limit.
     """
     fitting = [

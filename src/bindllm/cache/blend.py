@@ -173,7 +173,6 @@ def retrieve(similarities: np.ndarray, vectors: np.ndarray, settings: CacheSetti
     Args:
         similarities: Of the candidates in any order, minus infinity for a missing one, [N, C].
         vectors: Of the candidates, [N, C, E].
-        settings: Number of neighbors, temperature and formula.
     """
     columns = best(similarities, settings.top_k)  # [N, K]
     near = np.take_along_axis(similarities, columns, axis=1)  # [N, K]

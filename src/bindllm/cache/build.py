@@ -52,9 +52,6 @@ def build_or_update(
     """Build an index of image embeddings, or update the index in the folder if it is of the same kind.
 
     Args:
-        folder: Folder of the index.
-        store: The embedding store of the encoder.
-        encoder: Embeds images that the store lacks.
         images: Folder of the images to index; None: all images of the store, or those of an index of chosen images.
         factory: Faiss factory string; "auto" keeps the kind of the index in the folder, or chooses one.
         rebuild: Build from scratch even if the folder has an index, also a damaged one.
@@ -126,8 +123,6 @@ def embed_images(
 
     Args:
         images: A folder, including its subfolders, or paths of images.
-        encoder: Embeds the images that the store lacks.
-        store: The store of this encoder.
 
     Raises:
         InputError: None of the images can be read.

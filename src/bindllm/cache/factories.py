@@ -111,7 +111,6 @@ def check_factory(factory: str, search: str, embedding_size: int) -> None:
     Args:
         factory: As for `make_index`, or "auto".
         search: As for `set_search`, or "auto". With the factory "auto" they are checked later.
-        embedding_size: E.
 
     Raises:
         InputError: Faiss does not know the factory, a cache cannot use it, or this kind does not have the setting.
@@ -196,7 +195,6 @@ def set_search(index: Any, search: str) -> None:
     """Set how thoroughly an index searches, including an index inside a refining or transforming one.
 
     Args:
-        index: A Faiss index.
         search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "" changes nothing.
 
     Raises:
@@ -246,8 +244,6 @@ def write(index: Any, keys: np.ndarray, read: Read, file: Path, *, held: Held | 
     Args:
         index: Empty, with the kind and the trained parts.
         keys: Content hashes of the rows, [rows].
-        read: Returns the vectors of keys.
-        file: The file to write.
         held: Rows whose codes are copied instead of computed from their vectors.
 
     Raises:

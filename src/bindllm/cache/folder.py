@@ -199,10 +199,8 @@ def publish(folder: Path, info: IndexInfo, keys: np.ndarray, write: Callable[[Pa
     """Write vectors and keys under names that follow from their content, then make them the index.
 
     Args:
-        folder: Locked by `writing`.
         info: The facts; the file's own are filled in.
         keys: Content hashes of the rows, [rows].
-        write: Writes the Faiss file to a path.
 
     Raises:
         OSError, RuntimeError: The disk; the earlier index is unchanged.
@@ -233,8 +231,6 @@ def map_files(folder: Path, info: IndexInfo, *, verify: bool) -> tuple[Any, np.n
     """Map the Faiss index and the keys of a folder.
 
     Args:
-        folder: Of the index.
-        info: Its manifest.
         verify: Compare the hash as well, which reads both files.
 
     Raises:

@@ -67,8 +67,6 @@ class VectorIndex:
 
     Args:
         index: A Faiss index of inner product that can reconstruct its vectors.
-        info: Facts about the index.
-        source: The path that error messages name.
         keys: Content hashes of the rows, [rows]; None if unknown.
 
     Raises:
@@ -102,12 +100,10 @@ class VectorIndex:
         Args:
             folder: Where the index is written. An earlier index there is replaced at the very end; any other
                 non-empty folder is refused.
-            store: The embeddings, read in chunks.
             factory: Kind of index as in Faiss's ``index_factory``: "Flat" is exact and keeps float32, "SQfp16"
                 compares all vectors in half the memory; "auto": as `factories.choose` says.
             search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32,k_factor_rf=8"``; "auto": the
                 defaults of the kind.
-            modality: Modality of the embeddings.
             keys: Content hashes of the embeddings; None: all of the modality.
 
         Raises:
@@ -148,7 +144,6 @@ class VectorIndex:
 
         Args:
             folder: Of an index. Processes that have it open keep using the earlier version.
-            store: Of the same encoder.
             keys: Exactly these are in the index afterwards. None: all of the modality, or, for an index of chosen
                 keys (built with ``keys``, or after a removal), those of its keys that the store still has.
 
@@ -211,7 +206,6 @@ class VectorIndex:
         Logs a warning if its store is still there and has gained or lost embeddings since.
 
         Args:
-            folder: Written by `build`.
             verify: Compare the hashes of the files, which reads all of them; None: up to `VERIFY_BYTES`.
             search: Settings on top of the index's own, such as ``"nprobe=64"``; "auto": the defaults of the kind.
 
@@ -241,7 +235,6 @@ class VectorIndex:
         Args:
             file: An index of inner product over unit vectors.
             fingerprint: Of the encoder that made them. The file does not say, so you vouch for it.
-            search: Settings, as for `build`.
 
         Raises:
             InputError: This kind does not have the setting.
@@ -265,7 +258,6 @@ class VectorIndex:
 
         Args:
             queries: float32 [N, E].
-            count: Most neighbors of a query.
 
         Returns:
             int64 [N, min(count, len)].

@@ -99,10 +99,8 @@ class MilvusIndex:
             uri: A path that ends in ``.db`` (milvus-lite), or an address such as ``http://host:19530``.
             store: The embeddings, read in chunks, so memory stays bounded.
             collection: The name: letters, digits and underscores.
-            modality: Modality of the embeddings.
             index_type: One of `INDEX_TYPES`; "auto": "FLAT" in milvus-lite and up to `EXACT_ROWS`, else "HNSW".
             token: ``user:password`` or an API key, if the server asks for one.
-            timeout: Seconds after which a request fails.
 
         Raises:
             InputError: An invalid name or index type.
@@ -176,7 +174,6 @@ class MilvusIndex:
 
         Args:
             queries: float32 [N, E].
-            count: Most neighbors of a query.
 
         Returns:
             int64 [N, min(count, len)].

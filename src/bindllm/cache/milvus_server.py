@@ -66,10 +66,7 @@ class MilvusServer:
         """Call a method of ``pymilvus.MilvusClient`` and return its answer; pymilvus retries within the timeout.
 
         Args:
-            name: Of the method.
-            arguments: Of the method, as the options.
             patience: How many times the usual timeout the request may take.
-            options: Of the method.
 
         Raises:
             StoreError: The server refuses or does not answer in time; names its address and the reason.

@@ -342,10 +342,7 @@ def open_cache(
     """Open the cache at a place for a model with these encoders.
 
     Args:
-        place: As for `open_index`.
-        fingerprints: Fingerprints of the model's encoders.
         checkpoint: The model's folder, for the command in an error message.
-        settings: How the cache is mixed in; None: the defaults.
 
     Raises:
         StoreError: The cache is missing, damaged, or was built with another encoder; the message gives both fixes.
@@ -374,9 +371,6 @@ def choose_cache(
     Args:
         asked: A cache; the place of one, which is mixed in with the checkpoint's settings; False: none; None: the
             one that the checkpoint names.
-        named: The checkpoint's entry, if it has one.
-        fingerprints: As for `open_cache`, like ``checkpoint``.
-        checkpoint: The model's folder.
 
     Raises:
         StoreError: The cache cannot be opened, or was built with another encoder.

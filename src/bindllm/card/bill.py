@@ -29,12 +29,6 @@ def bill_of_materials(
     """Return the content of the file.
 
     The same checkpoint in the same environment gives the same file: it has no time of writing.
-
-    Args:
-        name: name of the model.
-        manifest: content of ``bindllm.json``.
-        rows: the parts with their licenses.
-        combined: their combined license.
     """
     # An adapter and tuned parts have files of their own, so checkpoints of one bind network differ in these.
     hashes = [str(value) for name, value in sorted(manifest.items()) if name.endswith("_sha256")]

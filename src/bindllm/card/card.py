@@ -60,12 +60,6 @@ def write_model_card(
 ) -> Written:
     """Write the card of a checkpoint folder; an earlier one is replaced, and text of its owner is kept.
 
-    Args:
-        folder: a checkpoint folder.
-        evaluations: folders of evaluations of this checkpoint.
-        options: facts that no file of the checkpoint has.
-        advance: called after each file that was compared with the training media.
-
     Raises:
         CheckpointError: not a checkpoint folder.
         InputError: a damaged file, or an evaluation of other weights.

@@ -37,13 +37,7 @@ def read_evaluations(folders: Sequence[Path], fingerprint: str) -> list[Evaluati
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows of the training run.
-
-    Args:
-        scores: values of each metric, by task and variant.
-        sentences: the headline of the report.
-        counts: number of rows of each task.
-    """
+    """The held-out rows of the training run."""
 
     scores: dict[str, dict[str, dict[str, float | None]]]
     sentences: list[str]

@@ -44,16 +44,9 @@ class Facts:
     """The facts.
 
     Args:
-        name: name of the model: that of its folder.
-        manifest: content of ``bindllm.json``.
         recipe: content of ``recipe.yaml``; may be empty.
-        run: facts of the training run; may be empty.
         metrics: content of ``metrics.json``; may be empty.
-        rows: the parts with their licenses.
-        held_out: the held-out rows of the training run.
-        evaluations: evaluations of published benchmarks.
         overlap: training and test media, compared; None: the folder has no recipe.
-        options: options of the user.
     """
 
     name: str

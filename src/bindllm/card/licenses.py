@@ -40,9 +40,7 @@ class Licensed:
 
     Args:
         part: decoder, encoder, training data, trained weights or code.
-        name: how the card names it.
         license: the words of its file; empty if no file names a license.
-        expression: SPDX expression of them.
     """
 
     part: str
@@ -57,7 +55,6 @@ class Combined:
 
     Args:
         expression: SPDX expression: the terms of all parts hold together.
-        conditions: sentences about the conditions that follow.
         warnings: sentences about licenses that are unknown, or that may exclude each other.
         hub: ``license`` and, for ``other``, ``license_name`` and ``license_link`` in the metadata of the Hub.
     """
@@ -74,10 +71,8 @@ def license_parts(
     """Return the license of each part: the given one, else the one that its folder names.
 
     Args:
-        parts: the parts that the weights derive from.
         folders: where the folder of each part is now, by its folder in the checkpoint.
         origin: words about the source of converted weights; empty if there are none.
-        given: licenses by part or by name, as the user gives them.
 
     Raises:
         UsageError: a given license that is not an SPDX expression, or of an unknown part.

@@ -189,13 +189,7 @@ def _by_length(lines: Sequence[Line]) -> dict[str, Number]:
 def not_measured(
     evaluations: Sequence[Evaluation], variants: Iterable[str], *, extra: Iterable[str]
 ) -> list[str]:
-    """Return the checks without a measurement, as a list of Markdown.
-
-    Args:
-        evaluations: all evaluations.
-        variants: variants of the model that were measured on held-out rows.
-        extra: further sentences.
-    """
+    """Return the checks without a measurement, as a list of Markdown."""
     variants = {*variants, *(variant for one in evaluations for variant in one.lines)}
     labels = {label for one in evaluations for label in one.facts["groups"]}
     done = {

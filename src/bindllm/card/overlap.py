@@ -24,9 +24,7 @@ class Overlap:
     """The hashes of the media of a recipe, by split.
 
     Args:
-        sources: the data sources of a recipe.
         home: the directory that their relative paths start at.
-        advance: called after each hashed media.
 
     Attributes:
         problems: why a source could not be compared.

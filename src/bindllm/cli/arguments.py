@@ -64,9 +64,7 @@ def read_command(name: str, function: Callable[..., int], words: Sequence[str]) 
     """Read a command line by the signature of a function.
 
     Args:
-        name: name of the command.
         function: the command; its Google docstring explains every parameter.
-        words: the command line after the command's name.
 
     Returns:
         the arguments of the function.

@@ -86,10 +86,8 @@ class Chat:
     """The conversation so far, and the media that wait for the next message.
 
     Args:
-        model: answers.
         options: of each answer, as for `BindLLM.stream`.
         examples: a table of worked examples, if there is one, and how those of a question are chosen.
-        seed: of shots that are chosen at random.
         show_neighbors: after an answer, print the images that the model's cache retrieved for the media of the message.
 
     Attributes:

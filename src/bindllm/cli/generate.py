@@ -435,13 +435,7 @@ def load_with_cache(
 
 
 def print_neighbors(model: BindLLM, media: Sequence[Media], **options: Any) -> None:
-    """Print the images that the model's cache blends into the embedding of media, nearest first.
-
-    Args:
-        model: the model.
-        media: of one prompt.
-        **options: ``recent``, as for `BindLLM.encode`.
-    """
+    """Print the images that the model's cache blends into the embedding of media, nearest first."""
     from rich.table import Table
     from rich.text import Text
 

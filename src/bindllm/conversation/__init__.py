@@ -121,7 +121,6 @@ class Rendered:
     """The tokens of a conversation.
 
     Args:
-        input_ids: token ids, [T].
         media_index: the media group that the token listens to, or -1 everywhere without media, [T].
         answers: first token and token after the last of each answer to learn: the text of an assistant message and
             the token that ends it.
@@ -161,8 +160,6 @@ def render(
 
     Args:
         conversation: its texts are kept unchanged.
-        tokenizer: a fast tokenizer with a chat template.
-        add_generation_prompt: end with the header of an assistant message, ready for generation.
         control_text: how to handle a text that spells a control token such as ``<|im_end|>``, which would end the
             message: refuse it, or escape it with an invisible word joiner after its first character.
 
@@ -206,16 +203,7 @@ def render(
 def _answer_span(
     template: Template, turn: int, start: int, text: str, starts: Sequence[int], ends: Sequence[int]
 ) -> tuple[int, int]:
-    """Return the first token of an answer, and the token after the one that ends it.
-
-    Args:
-        template: the messages.
-        turn: the message of the answer.
-        start: the first character of the answer in the text.
-        text: of all messages.
-        starts: the first character of each token.
-        ends: indices of all control tokens.
-    """
+    """Return the first token of an answer, and the token after the one that ends it."""
     first, message = bisect_left(starts, start), template.turns[turn]
     stop = _answer_end(ends, first)
     if "tool_calls" in message or not _is_whole(text[start : starts[stop - 1]], message):
@@ -290,7 +278,6 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
     """Return the control tokens with which the chat template ends an answer; several if the last answer differs.
 
     Args:
-        tokenizer: with a chat template.
         system: a system text that the template has to write, if any.
 
     Raises:
@@ -344,10 +331,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     Some tokenizers list control tokens for which the weights have no row. That is harmless if neither padding nor the
     chat template uses them: texts cannot spell control tokens.
 
-    Args:
-        tokenizer: with a chat template.
-        num_embeddings: rows of the decoder's token embedding.
-
     Raises:
         DecoderError: tokens beyond the embedding; the message names them.
     """
@@ -381,8 +364,6 @@ def _answer_end(ends: Sequence[int], first: int, after: int = 0) -> int:
     """Return the index after the control token that ends an answer.
 
     Args:
-        ends: indices of all control tokens.
-        first: first token of the answer.
         after: the token after the message, if it may hold several control tokens. Else its first one is meant, since
             texts spell none.
     """

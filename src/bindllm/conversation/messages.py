@@ -45,7 +45,6 @@ class RowError(InputError):
 
     Args:
         reason: the same words for all rows with this fault; they are counted by it.
-        detail: the fault in this row, such as a path.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -77,8 +76,6 @@ class RecordMedia:
     """Media of one row outside its messages, handed out in order.
 
     Args:
-        resolve: turns each value into media.
-        values: the values by modality.
         modalities: modalities that content parts may name.
         columns: where the values come from, by modality, for error messages.
         needs_placeholders: refuse media without a placeholder; otherwise they go before the first question.
@@ -212,10 +209,6 @@ def parse_messages(
 
 def answered(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
     """Return a conversation that ends with its last answer; messages after it teach nothing and are dropped.
-
-    Args:
-        messages: the messages.
-        tools: that the model may call.
 
     Raises:
         RowError: no answer that is learned, or an answer before the first question.

@@ -52,7 +52,6 @@ def read_media(modality: str, value: object, find: Callable[[str], str | bytes])
     """Return the media that a value of a row or a message refers to.
 
     Args:
-        modality: of the media.
         value: a path, a ``file:`` URL, ``{"bytes": ..., "path": ...}``, or any other source of `Media`; for the
             modality ``text`` the text itself.
         find: returns the full path or the bytes of a named file, or raises `RowError`.

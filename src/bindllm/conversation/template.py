@@ -35,13 +35,7 @@ _AS_PARTS = (
 
 
 class Template:
-    """The chat template of a tokenizer, applied to the first of these messages, or to all of them.
-
-    Args:
-        tokenizer: with a chat template.
-        turns: the messages, as the template reads them.
-        tools: functions that the model may call.
-    """
+    """The chat template of a tokenizer, applied to the first of these messages, or to all of them."""
 
     def __init__(
         self,
@@ -57,8 +51,6 @@ class Template:
         """Return the text of the first messages, each rendered once.
 
         Args:
-            count: number of messages.
-            header: end with the header of an answer.
             thinks: let the model think before an answer, if the template leaves the choice.
 
         Raises:
@@ -156,10 +148,6 @@ class Template:
 
     def answer_starts(self, text: str, control: Iterable[str]) -> dict[int, int]:
         """Return the start of each answer in the text, by its message.
-
-        Args:
-            text: of all messages, from `text`.
-            control: the control tokens of the tokenizer.
 
         Raises:
             InputError, DecoderError: an answer was not found.

@@ -113,11 +113,9 @@ def convert_imagebind(
 
     Args:
         state: the published tensors, all of them; trunks may be missing as a whole.
-        folder: the folder to write.
         tokenizer_file: ``tokenizer.json`` for the texts; None: the folder embeds only token ids.
         heads: attention heads of each trunk; None: as in the published model, by its widths.
         rules: tried before `RULES`, for the tensors of a larger checkpoint that are not ImageBind's.
-        source: name of the checkpoint in messages.
 
     Returns:
         the outcome for every tensor.

@@ -143,9 +143,6 @@ def is_imagebind_llm(state: Mapping[str, Tensor]) -> bool:
 def read_imagebind_llm(state: Mapping[str, Tensor]) -> Adapted:
     """Rename the tensors of a published checkpoint.
 
-    Args:
-        state: the tensors by their published names.
-
     Raises:
         CheckpointError: unknown tensors, missing or misshapen tensors that determine the sizes, or values that are
             not finite floating-point numbers.
@@ -228,7 +225,6 @@ def halve_rotation(rows: Tensor, *, num_heads: int) -> Tensor:
 
     Args:
         rows: [H * head size, ...], the weight or bias of a projection to queries or keys.
-        num_heads: number of heads H.
 
     Examples:
         >>> halve_rotation(torch.arange(8), num_heads=2)
@@ -310,8 +306,6 @@ def convert_imagebind_llm(
     """Write a published adapter as a checkpoint folder.
 
     Args:
-        state: the tensors by their published names.
-        folder: the checkpoint folder to write.
         base: the Hugging Face copy of the LLaMA that the adapter was trained on; without a template it gets
             ``alpaca``, the template of the published weights.
         encoders: the frozen encoders, of the adapter's embedding size.
@@ -373,13 +367,7 @@ def _empty_model(shape: Shape, base: DecoderConfig, encoders: Sequence[Encoder])
 
 
 def _check_base(adapted: Adapted, folder: Path, *, accept: bool) -> None:
-    """Raise if a base model does not belong to an adapter: not a LLaMA, other sizes, or other weights.
-
-    Args:
-        adapted: the adapter as read from the published file.
-        folder: the base model's Hugging Face folder.
-        accept: accept other weights; the sizes must fit in any case.
-    """
+    """Raise if a base model does not belong to an adapter: not a LLaMA, other sizes, or other weights."""
     config = read_config(folder)
     if config.model_type != "llama":
         raise CheckpointError(

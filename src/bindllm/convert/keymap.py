@@ -83,7 +83,6 @@ def rename(
     r"""Rename the tensors of a foreign checkpoint.
 
     Args:
-        tensors: the tensors by their foreign names.
         rules: the table; the first rule that matches a name applies.
 
     Returns:
@@ -141,7 +140,6 @@ def require_weights(tensors: Mapping[str, Tensor], *, source: str) -> None:
 
     Args:
         tensors: the tensors by name; on the meta device only their types are checked.
-        source: name of the checkpoint in messages.
 
     Raises:
         CheckpointError: names the first of them.
@@ -175,13 +173,9 @@ def write_encoder(
     """Write the folder of a converted encoder in one step; an earlier conversion there is replaced.
 
     Args:
-        folder: the folder to write.
         weights: the tensors of each safetensors file, by the file's name.
         config: content of ``config.json``; its ``model`` names the encoder.
         package: ``name`` and ``license`` of the published weights, for ``SOURCE.json``.
-        card: content of ``README.md``.
-        report: content of ``conversion.tsv``.
-        files: further files to copy, by their names in the folder.
 
     Raises:
         CheckpointError: the folder holds something else; nothing was written.

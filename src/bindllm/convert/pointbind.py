@@ -111,10 +111,6 @@ def rename_pointbind(
 ) -> tuple[str, dict[str, Tensor], ConversionReport]:
     """Return the variant, the tensors of its encoder by our names, and the outcome for every tensor.
 
-    Args:
-        state: the checkpoint's tensors by their published names.
-        source: name of the checkpoint in messages.
-
     Raises:
         CheckpointError: no point encoder inside, unknown, missing or misshapen tensors, or values that are not finite
             floating-point numbers.
@@ -138,9 +134,7 @@ def convert_pointbind(
     """Write the point encoder of a published checkpoint as a folder that `bindllm.encoders.PointBind` reads.
 
     Args:
-        state: the checkpoint's tensors by their published names.
         folder: the folder to write; an earlier conversion there is replaced.
-        source: name of the checkpoint in messages.
 
     Returns:
         the outcome for every tensor, as in ``conversion.tsv``.

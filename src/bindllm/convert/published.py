@@ -37,7 +37,6 @@ def convert_published(
     """Convert a published file into a folder of ours, and print the outcome.
 
     Args:
-        file: the published file.
         output: a folder that does not exist yet, or is empty.
         kind: one of `KINDS`; None: found from the names of the tensors.
         tokenizer: for imagebind: CLIP's ``tokenizer.json`` or its packed list of merges (``.gz``); "none" to convert

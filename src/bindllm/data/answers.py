@@ -121,7 +121,6 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
     exactly one option.
 
     Args:
-        text: the answer.
         options: the options in the order of their letters, at most 26; an empty one cannot be chosen.
 
     Examples:
@@ -148,11 +147,6 @@ def is_right(prediction: str, references: Sequence[str], options: Sequence[str] 
     """Whether an answer is right: by its option if there are options, else by its words.
 
     The words of a true answer are the whole answer, or all that follows its last "answer is".
-
-    Args:
-        prediction: the answer.
-        references: the true answers.
-        options: the options of a multiple choice, in the order of their letters.
 
     Examples:
         >>> is_right("B", ["The answer is (B)."], ["a rose", "the sea"])

@@ -29,14 +29,10 @@ class LengthGroupedBatches:
     two rows of a source differ by at most one. The last batch may be short.
 
     Args:
-        lengths: number of tokens of each row.
-        batch_size: rows in a batch.
-        seed: of all shuffling.
         sources: index of the source of each row, from 0; all rows are of one source by default.
         weights: draws per row and epoch of each source; 1 by default.
         world_size: number of processes that share an epoch. Each takes every ``world_size``-th batch; the first
             batches are repeated until all processes have as many.
-        rank: index of this process, from 0.
 
     Raises:
         InputError: a batch size below 1.
@@ -138,12 +134,7 @@ def share(batches: list[list[int]], *, world_size: int, rank: int) -> list[list[
 
 
 class BatchLoader:
-    """Yields the same batches, in the same order, every time.
-
-    Args:
-        batches: row indices of each batch.
-        make: turns row indices into a batch.
-    """
+    """Yields the same batches, in the same order, every time."""
 
     def __init__(self, batches: list[list[int]], make: Callable[[list[int]], Batch]) -> None:
         self._batches, self._make = batches, make
@@ -163,8 +154,6 @@ class ResumableLoader:
     not resumed on other rows.
 
     Args:
-        batches: the plan of all epochs.
-        make: turns row indices into a batch.
         position: returns the current epoch and the number of its completed batches.
         repeat: how many times in a row each batch comes.
         content: a fingerprint of the rows themselves; the plan depends on their lengths only.

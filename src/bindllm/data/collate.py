@@ -115,9 +115,7 @@ def prompt_batch(samples: Sequence[Sample], lookup: Lookup, *, pad_id: int) -> B
     """Make a batch for generation: each row up to the header of its last answer, padded on the left.
 
     Args:
-        samples: the rows, B of them.
         lookup: source of the embeddings; called once for the whole batch.
-        pad_id: token id of padding.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``media_index`` [B, T], ``embeddings`` [B, M, E] and perhaps ``tokens``, as

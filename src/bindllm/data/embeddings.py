@@ -50,7 +50,6 @@ class PrecomputeTotals:
         encoded: media that were embedded now.
         reused: media that were in a store before, or have the same content as one of these.
         failed: media that cannot be embedded, each with the reason.
-        seconds: wall-clock time.
     """
 
     encoded: int = 0
@@ -64,7 +63,6 @@ class MediaEmbeddings:
 
     Args:
         encoders: all of one embedding size; the first that serves a modality embeds it.
-        folder: of the stores.
         token_modalities: modalities whose tokens are stored and looked up too.
 
     Raises:
@@ -86,7 +84,6 @@ class MediaEmbeddings:
         """Embed what the stores lack.
 
         Args:
-            media: of modalities that the encoders serve.
             context: the device that the encoders run on (they are on the CPU again afterwards), and the processes that
                 share the work; each is given the same media. Only the first one has the keys afterwards.
 
@@ -219,12 +216,7 @@ class LiveEmbeddings:
         self._last: tuple[list[MediaGroup], Tensor | None] | None = None
 
     def precompute(self, media: Iterable[Media], context: RunContext = RunContext()) -> PrecomputeTotals:  # noqa: B008
-        """Prepare all media once, to find those that cannot be read; nothing is kept.
-
-        Args:
-            media: of modalities that the encoders serve.
-            context: the device on which the encoders run from now on.
-        """
+        """Prepare all media once, to find those that cannot be read; nothing is kept."""
         self._device, started = context.device, time.perf_counter()
         totals = PrecomputeTotals()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -281,7 +273,6 @@ def build_datastore(rows: Iterable[Row], embeddings: MediaEmbeddings) -> Datasto
 
     Args:
         rows: rows whose media are embedded already.
-        embeddings: the embeddings of their media.
 
     Raises:
         InputError: no row has media and a wanted answer.
@@ -311,9 +302,6 @@ class RetrievedRecords:
     the row that it belongs to.
 
     Args:
-        embeddings: the embeddings of the data.
-        reader: makes tensors of records.
-        count: number of records of a media group, K.
         seed: draw the records at random instead of the nearest ones; None: the nearest ones.
 
     Attributes:

@@ -30,14 +30,7 @@ def legend() -> Text:
 def preview_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, *, number: int
 ) -> Iterator[Text]:
-    """Yield the lines of a few rows, the first of each source, then the second of each, and so on.
-
-    Args:
-        rows: of all sources.
-        tokenizer: of the decoder.
-        max_length: maximum number of tokens of a row.
-        number: rows to show.
-    """
+    """Yield the lines of a few rows, the first of each source, then the second of each, and so on."""
     by_source: dict[int, list[Row]] = {}
     for row in rows:
         first = by_source.setdefault(row.source, [])

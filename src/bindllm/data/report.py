@@ -105,20 +105,10 @@ class SourceReport:
     """Counts of one source.
 
     Args:
-        path: the source.
-        num_media: different images (or media of another modality) of its rows.
         num_rows: its rows; in the format caption, one for each caption.
-        skipped: skipped rows.
-        remarks: rows that are used and have a fault.
-        modality: of the source.
-        format: of its rows.
         shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
         media: different media by modality.
         answers: answers of all rows; a conversation may have several.
-        pairs: rows with a better and a worse answer.
-        text_only: rows without media.
-        warning: a fault of the source as a whole.
-        classes: classes of the labeled images that episodes are drawn from.
     """
 
     path: str
@@ -190,12 +180,7 @@ class StreamReport:
     """Counts of a stream in one process, since its last start.
 
     Args:
-        read: samples that were read.
         rows: rows of the batches that training has taken.
-        batches: number of these batches.
-        waiting: rows that are ready for later batches.
-        skipped: samples and shards that cannot be used.
-        remarks: samples that are used and have a fault.
         seconds_first: time until the first batch.
         seconds_waited: time that the training waited for later batches.
         seconds: time from the first batch to the last one.
@@ -239,18 +224,12 @@ class DataReport:
     """Counts of all sources and of the samples made from them.
 
     Args:
-        sources: one report per source.
-        rows: samples per split.
         skipped: rows skipped in all steps together.
         truncated: samples with an answer that was cut or dropped to keep to the maximum length.
-        text_only: samples without media.
         supervised_tokens: tokens of the training split with a loss, in one pass over its samples.
         languages: length of the answers in each language, see `count_languages`.
         shared_media: held-out samples with a file whose content is in the training split too.
         embeddings: how many embeddings were made and how many were in the store, in words.
-        seconds_embedding: time of embedding.
-        seconds: total time.
-        stream: counts of the training stream in this process, if there is one.
         records: records of the datastore, of a model with context.
         cut_records: of these, with a text that is longer than the model reads.
         excluded_itself: pairs of media and record that were not retrieved because both show the same media.

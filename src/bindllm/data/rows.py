@@ -193,9 +193,6 @@ def tokenize(
     truncation.
 
     Args:
-        conversation: ends with an answer.
-        tokenizer: a fast tokenizer with a chat template.
-        max_length: maximum number of tokens of a sample.
         last_only: learn only the last answer; earlier ones are part of the prompt.
 
     Raises:
@@ -240,12 +237,6 @@ def with_conversation(
     sample: Sample, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, **changes: Any
 ) -> Sample:
     """Return a held-out sample with another conversation before the same answer, which is not cut.
-
-    Args:
-        sample: the sample.
-        conversation: the other conversation.
-        tokenizer: of the decoder.
-        **changes: further fields of the result.
 
     Raises:
         InputError: the conversation cannot be used, or is longer than the decoder reads.

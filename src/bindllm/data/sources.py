@@ -40,7 +40,6 @@ def read_source(config: SourceConfig, number: int = 0) -> tuple[dict[str, list[R
     `bindllm.data.episodes.draw` makes episodes of them.
 
     Args:
-        config: the source in the recipe.
         number: index of the source in the recipe, from 0; every row carries it.
 
     Returns:
@@ -77,7 +76,6 @@ def hashed_split(key: str, held_out: float) -> Split:
     """Return the split of a key: always the same, whatever else the source holds.
 
     Args:
-        key: the path of an image as its source writes it.
         held_out: share of keys, 0 to 1; half of it goes to validation and half to test.
 
     Examples:

@@ -55,8 +55,6 @@ def read_table(path: str | Path, required: tuple[str, ...], skipped: Skipped) ->
         path: a file ending in .json (a list of objects, or an object that holds one such list), .jsonl, .csv, .tsv
             or .parquet; a folder that ``save_to_disk`` of ``datasets`` wrote; or ``hf://NAME[/CONFIG][@SPLIT]``.
             Rows of a dataset with several splits have a column ``split``.
-        required: columns that every row must have.
-        skipped: counts rows that cannot be read.
 
     Raises:
         InputError: another ending, a table without one of the required columns, or a damaged file.

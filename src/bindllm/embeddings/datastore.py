@@ -251,12 +251,7 @@ class Datastore:
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest scores of each row and their columns, [N, K]; of equal ones, those of the lower column first.
-
-    Args:
-        scores: [N, R].
-        count: K.
-    """
+    """Return the largest scores of each row and their columns, [N, K]; of equal ones, the lower column first."""
     # `topk` may take any of equal scores. So it gives the least one that belongs to a row, and only scores from there
     # on are sorted: few, unless many are equal.
     ids = []
@@ -290,7 +285,6 @@ def open_datastore(
 
     Args:
         choice: a datastore or its folder; None: the model's own, False: none.
-        encoders: of the model.
         own: folder of the model's own datastore; None: the model reads no records.
 
     Raises:

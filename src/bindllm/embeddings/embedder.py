@@ -46,7 +46,6 @@ class Work(NamedTuple, Generic[Key]):
     """One media to embed.
 
     Args:
-        key: returned with the result.
         media: read in a thread, and not referenced after that: only the prepared input stays in memory.
         name: for error messages; None: the name of the media.
     """
@@ -60,9 +59,6 @@ class EmbeddingResult(NamedTuple, Generic[Key]):
     """The result for one media: its embedding or the reason why it has none.
 
     Args:
-        key: of the `Work`.
-        name: for error messages.
-        modality: of the media.
         inputs: prepared by the encoder, until they are embedded.
         embedding: unit norm, float32, on the CPU, [E]; None after an error.
         tokens: [*grid, C], as `reduce_tokens` returns them; None after an error, or if they were not asked for.
@@ -106,7 +102,6 @@ class Embedder:
     Args:
         encoders: the first that serves a modality embeds it.
         device: where encoders are moved before their first batch; None: they stay where they are.
-        batch_size: maximum number of media in a batch.
         threads: number of threads that read and prepare; None: one for each CPU core.
         reported: types of errors that are returned as the result of one media. Others are raised with a note that
             names the media.
@@ -347,13 +342,9 @@ def embed_groups(
     """Embed the media of each group and fuse them; batches are made by modality, across all groups.
 
     Args:
-        groups: N groups of at least one media each.
         encoders: the first that serves a modality embeds it.
-        device: where the encoders run.
-        normalize: see `fuse`.
         token_modalities: modalities whose tokens are returned too; none by default.
         recent: embeddings of these encoders that are read instead of encoding a media again, and added to.
-        trains: as for `Embedder`.
 
     Returns:
         the embeddings of the groups, unit norm (if normalized), float32, on the CPU, and their tokens.

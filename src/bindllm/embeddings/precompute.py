@@ -45,8 +45,6 @@ def check_stored(folder: str | Path, encoder: Encoder, media: Iterable[Media]) -
     Nothing is written.
 
     Args:
-        folder: of the stores.
-        encoder: of one of them.
         media: of any modality; `CHECKED` stored ones of each that the encoder serves are embedded.
 
     Raises:
@@ -81,7 +79,6 @@ class PrecomputeReport:
         reused: their content was in the store before.
         duplicates: their content came earlier in the same run.
         failed: (name, reason) of media that could not be read or embedded.
-        seconds: wall-clock time.
     """
 
     encoded: int
@@ -122,13 +119,9 @@ def precompute_embeddings(
     of the files, then embeds the content that its rank owns by hash, so no content is embedded twice.
 
     Args:
-        store: a store of this encoder.
-        encoder: prepares and embeds.
         media: may be a generator, which several processes hold in memory; duplicates are embedded once.
         batch_size: maximum number of media of one modality that are embedded together; fewer if they are large.
         flush_rows: embeddings are written in shards of about this many rows, or every `FLUSH_SECONDS`.
-        progress: show a progress bar with the remaining time.
-        processes: all processes, with the rank and the number of reader threads of this one.
         token_modalities: modalities whose tokens are stored too. Media whose embedding is stored without its tokens are
             embedded again; the stored embedding stays.
 

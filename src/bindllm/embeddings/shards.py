@@ -48,7 +48,6 @@ class Shards:
     content hash, so both rows hold the same value.
 
     Args:
-        folder: holds the shards; it must exist.
         kind: first part of their file names.
         schema: the columns; the first is the key (32 bytes), the last is the value: bytes or a list of floats, of
             fixed size, or an array of any shape (`array_columns`).
@@ -355,7 +354,6 @@ def read_keys(folder: Path, modality: str | None) -> np.ndarray:
     Reads the shards without opening the store, so nothing is written or renamed.
 
     Args:
-        folder: `EmbeddingStore.folder`.
         modality: of the embeddings; None: all.
 
     Raises:

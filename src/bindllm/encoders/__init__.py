@@ -333,12 +333,7 @@ def fingerprint(config: Mapping[str, Any], *parts: bytes | str | Path) -> str:
 
 
 def shape_problems(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return one phrase for each tensor that is missing, unexpected or of another shape.
-
-    Args:
-        expected: shapes by name.
-        found: shapes by name, as a weights file holds them.
-    """
+    """Return one phrase for each tensor that is missing, unexpected or of another shape."""
     missing = [f"missing {name}" for name in expected if name not in found]
     unexpected = [f"unexpected {name}" for name in found if name not in expected]
     misshaped = [

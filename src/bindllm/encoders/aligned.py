@@ -185,10 +185,8 @@ def write_aligned(
     """Write the folder in one step; an aligned encoder there is replaced, anything else refused.
 
     Args:
-        folder: where it goes.
         manifest: its ``sha256`` and ``root`` are filled in here.
         weights: tensors by the name of their file, `HEAD` and perhaps `TOWER`.
-        metrics: content of ``metrics.json``.
         texts: further files by name, such as ``README.md``.
 
     Raises:

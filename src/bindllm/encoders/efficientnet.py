@@ -56,7 +56,6 @@ def each_on_one_thread(function: Callable[[Item], Result], items: Sequence[Item]
 
     Args:
         function: runs in threads of its own, with the gradient mode of the caller.
-        items: such as the media of a batch.
 
     Examples:
         >>> each_on_one_thread(lambda x: (x * 2, torch.get_num_threads()), [1, 2, 3])

@@ -76,7 +76,6 @@ def fuse_groups(embeddings: Tensor, groups: Sequence[Sequence[Media]], *, normal
     Args:
         embeddings: of all media, group after group, unit norm, [M, E].
         groups: N groups of at least one media each, M media together.
-        normalize: see `fuse`.
 
     Returns:
         One embedding for each group, [N, E].

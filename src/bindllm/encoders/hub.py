@@ -316,8 +316,6 @@ def load_model(folder: Path, *, dtype: torch.dtype, without_pooler: bool) -> nn.
     """Load a model, frozen and in eval mode.
 
     Args:
-        folder: with safetensors.
-        dtype: of its weights.
         without_pooler: whether a pooler without weights is removed instead of an error.
 
     Raises:

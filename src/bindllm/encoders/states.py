@@ -90,10 +90,7 @@ def token_grids(
 
     Args:
         states: last hidden states of a batch, [B, S, C] or [B, C, H, W].
-        spec: of the model.
-        modality: of the media.
         inputs: the B prepared media; audio: single windows.
-        processor: of the modality.
 
     Raises:
         EncoderError: the states of an image, a video or a spectrogram fit no grid of patches.
@@ -133,9 +130,6 @@ def tower_vectors(
     """Reduce the states of a single tower to one vector for each media of a batch: [B, E].
 
     Args:
-        output: of the model.
-        spec: of the model.
-        modality: of the media.
         fields: keywords of the model's forward; they may hold the mask of the states.
         pooling: as for `HuggingFace`.
 
@@ -166,8 +160,6 @@ def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Reduce states [B, T, E] to [B, E] over the positions with mask 1, [B, T]; the padding is on the right.
 
     Args:
-        states: [B, T, E].
-        mask: 1 or 0, [B, T].
         pooling: "first", "last" or "mean".
 
     Examples:

@@ -33,7 +33,6 @@ def token_size(encoders: Sequence[Encoder], modalities: Collection[str]) -> int:
 
     Args:
         encoders: encoders of a model; the first that serves a modality gives its tokens.
-        modalities: at least one, such as `BindConfig.token_modalities`.
 
     Raises:
         InputError: no modality, one without tokens (the message lists those that have them), or several widths.
@@ -112,9 +111,6 @@ def add_positions(tokens: Tensor) -> Tensor:
 def flatten_tokens(tokens: Tensor) -> Tensor:
     """Return the tokens of one media as a model takes them: at most `MOST_TOKENS`, of unit scale, with positions.
 
-    Args:
-        tokens: as an encoder returns them, [*grid, C].
-
     Returns:
         [n, C], float32, on the CPU.
 
@@ -132,7 +128,6 @@ def group_tokens(tokens: Sequence[Tensor | None], sizes: Sequence[int], width: i
     Args:
         tokens: for all media, group after group: reduced tokens [*grid, C], or None for media without tokens.
         sizes: number of media of each of the N groups.
-        width: C.
 
     Returns:
         [N, n, C], float32; n is the number of tokens of the longest group, at least 1. Rows of zeros are no tokens.

@@ -95,8 +95,6 @@ def build_tower(class_path: str, init_args: Mapping[str, Any], *, allow: Sequenc
     """Build the tower that an aligned encoder's folder names.
 
     Args:
-        class_path: import path of the class.
-        init_args: arguments of its constructor.
         allow: import paths outside ``bindllm.`` that may be imported. It replaces any ``allow`` in ``init_args``.
 
     Raises:

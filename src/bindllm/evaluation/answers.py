@@ -80,9 +80,6 @@ def answers_task(
     """Return the answers task: accuracy over all questions and by type.
 
     Args:
-        samples: held-out samples with references.
-        train_samples: samples whose answers are counted for the baseline.
-        tokenizer: tokenizer of the model.
         max_new_tokens: longest answer; None: a little more than the longest true one.
         shuffled_limit: answer at most this many questions with shuffled media; None: all.
 
@@ -108,10 +105,6 @@ def answers_task(
 
 def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics:
     """Return the share of right answers.
-
-    Args:
-        items: questions with references.
-        answers: one per question.
 
     Returns:
         ``accuracy`` (0..1; None without items), ``by_type`` (the same for each type; empty if no question has one),

@@ -96,10 +96,6 @@ def captions_task(
     count as one.
 
     Args:
-        samples: held-out samples with references.
-        train_samples: samples for the baseline.
-        lookup: returns the embeddings of media groups.
-        tokenizer: tokenizer of the model.
         max_new_tokens: longest caption; None: a little more than the longest true one, and at least `MIN_TOKENS`.
 
     Raises:
@@ -239,7 +235,6 @@ def caption_metrics(
 
     Args:
         predictions: one caption per image; an empty one is allowed and matches nothing.
-        references: the true captions of each image, at least one.
         languages: language of each image's captions; CIDEr-D counts how rare a word is in each of them. None: one.
 
     Returns:

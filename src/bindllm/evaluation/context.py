@@ -31,13 +31,7 @@ _PREFIX = "Similar examples: {}. "
 
 
 def with_context_variants(task: Task, found: RetrievedRecords, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Return a task that is also measured in the variants of this module.
-
-    Args:
-        task: of held-out rows.
-        found: the lookup of the model with context.
-        tokenizer: of the decoder.
-    """
+    """Return a task that is also measured in the variants of this module."""
     plain = found.embeddings
     lookups = {NO_CONTEXT: plain, RANDOM_CONTEXT: found.drawn(_SEED), CONTEXT_AS_TEXT: plain}
     as_text = partial(_as_text, found=found, tokenizer=tokenizer)

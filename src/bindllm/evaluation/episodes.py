@@ -75,12 +75,6 @@ def episodes_task(
 ) -> Task:
     """Return the episodes task: accuracy over all queries, and by number of shots.
 
-    Args:
-        samples: held-out episodes.
-        tokenizer: tokenizer of the model.
-        lookup: returns the embeddings of media groups.
-        shuffled_limit: answer at most this many queries with shuffled media; None: all.
-
     Raises:
         InputError: there are no samples.
     """
@@ -108,10 +102,6 @@ def episodes_task(
 
 def episode_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics:
     """Return the share of right answers, by the strict metric of questions and by the published one.
-
-    Args:
-        items: episodes.
-        answers: one per episode.
 
     Returns:
         The metrics of `accuracy_metrics`, ``published`` (0..1, see `is_published_right`) and ``named``, the share of
@@ -199,12 +189,7 @@ def blank_support(sample: Sample) -> Sample | None:
 
 
 class _MediaExchange:
-    """Gives the shots of a sample the media of other shots.
-
-    Args:
-        samples: all samples.
-        lookup: returns the embeddings of media groups.
-    """
+    """Gives the shots of a sample the media of other shots."""
 
     def __init__(self, samples: Sequence[Sample], lookup: Lookup) -> None:
         self._samples, self._lookup = samples, lookup

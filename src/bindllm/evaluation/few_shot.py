@@ -86,11 +86,7 @@ class FewShotData:
 
         Args:
             rows: held-out captions, or questions with true answers.
-            support_rows: rows of the same kind.
             support: how shots are chosen; gets its shots here.
-            model: the model; its encoders embed.
-            store: folder of the embedding stores.
-            context: the device of the encoders.
             skipped: rows that cannot be used are counted here.
 
         Raises:
@@ -230,7 +226,6 @@ def wrong_answers(
     for.
 
     Args:
-        shots: the shots.
         choices: further answers to a prompt: those of the options of a multiple choice.
 
     Raises:

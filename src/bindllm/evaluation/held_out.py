@@ -23,11 +23,7 @@ TASKS = {"caption": "captions", "answer": "answers", "episode": "episodes", "cha
 
 
 def held_out_rows(samples: Callable[[str], Sequence[Sample]]) -> dict[str, list[Sample]]:
-    """Return the rows of each task: the test rows or, if there are none, the validation rows.
-
-    Args:
-        samples: returns the samples of a split.
-    """
+    """Return the rows of each task: the test rows or, if there are none, the validation rows."""
     # A small data set may have only a validation split.
     rows = samples("test") or samples("validation")
     by_task = {name: [row for row in rows if row.task == kind] for kind, name in TASKS.items()}
@@ -48,11 +44,6 @@ def evaluate_held_out(
 
     Args:
         model: the trained model; its training mode is restored at the end.
-        held_out: rows by task, as from `held_out_rows`.
-        train_samples: samples for the baselines.
-        lookup: returns the embeddings of media groups.
-        shuffled_limit: answer at most this many questions with shuffled media; None: all.
-        progress: show bars.
 
     Raises:
         BindLLMError: the only task cannot be measured. If there are several, it is reported as a problem.

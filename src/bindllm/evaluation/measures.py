@@ -40,7 +40,6 @@ class Measure:
     """One number.
 
     Args:
-        name: name of the metric.
         value: 0..1.
         chance: expected value for a random order, 0..1.
         num_queries: number of media, texts or classes that it is averaged over.
@@ -59,9 +58,7 @@ class Measured:
     """The numbers of a data set.
 
     Args:
-        measures: the numbers.
         classes: name, number of items, and accuracy or average precision of each class; None if it has no item.
-        notes: remarks for the reader of the result.
     """
 
     measures: list[Measure] = field(default_factory=list)
@@ -73,8 +70,6 @@ class Row(NamedTuple):
     """One media object that is embedded, and the right results for it.
 
     Args:
-        media: input of the encoder.
-        labels: indices of its classes.
         targets: media that belong to it; each is one media object, or several sentences that are averaged.
     """
 
@@ -87,7 +82,6 @@ class Scores:
     """Cosines of embeddings in the store, computed in blocks.
 
     Args:
-        embeddings: contains all media that are compared.
         encoders: all available encoders; the cache may have been built with another one of the same space.
         cache: queries are blended with it, except those of the modalities that it skips; None: no blending.
 
@@ -264,7 +258,6 @@ def chance_of_precision(num_right: Tensor, num_items: int) -> Tensor:
 
     Args:
         num_right: number of items for which the class is right, at least 1, [C].
-        num_items: number of all items.
 
     Examples:
         >>> chance_of_precision(torch.tensor([1]), 2)
@@ -357,8 +350,6 @@ def chance(num_right: Tensor, num_candidates: int, k: int) -> float:
 
     Args:
         num_right: Number of right answers of each query, int64 [Q].
-        num_candidates: Number of all answers.
-        k: As for `hit_rate`.
 
     Examples:
         >>> round(chance(torch.tensor([1]), 50, 5), 6)

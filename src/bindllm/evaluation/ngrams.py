@@ -77,12 +77,7 @@ def corpus_bleu(sums: Mapping[str, np.ndarray], order: int) -> np.ndarray:
 
 
 def ciders(references: Sequence[Sequence[Words]], languages: Sequence[str]) -> dict[str, Cider]:
-    """Return the CIDEr-D of each language: words are rare or frequent among the references of their own language.
-
-    Args:
-        references: words of the references of every item.
-        languages: language of every item.
-    """
+    """Return the CIDEr-D of each language: words are rare or frequent among the references of their own language."""
     own: dict[str, list[Sequence[Words]]] = {}
     for texts, language in zip(references, languages, strict=True):
         own.setdefault(language, []).append(texts)

@@ -81,7 +81,6 @@ class Chosen(NamedTuple):
     """The shots of a question.
 
     Args:
-        shots: in the order of the prompt.
         num_excluded: shots that would have been chosen, but are the question itself (see `Support.choose`).
     """
 
@@ -94,9 +93,6 @@ class Support:
     """Worked examples, and the way in which those of a question are chosen.
 
     Args:
-        shots: the examples.
-        by: in their order, at random, or the nearest ones.
-        seed: of random choices.
         nearest_first: the nearest shot comes first in the prompt, instead of last.
         lookup: returns the embeddings of media groups; needed to find the nearest.
     """
@@ -118,7 +114,6 @@ class Support:
         Args:
             questions: prompts with their media; their answers do not matter.
             embeddings: of the model's encoders; becomes the lookup.
-            context: the device of the encoders.
 
         Returns:
             the media that cannot be embedded, each with the reason.

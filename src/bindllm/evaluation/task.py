@@ -78,9 +78,6 @@ class BaselineAnswer(NamedTuple):
     """An answer without a model; if it was copied, also the training media that it was copied from.
 
     Args:
-        text: the answer.
-        media: path or row of the training media.
-        modality: its modality.
         similarity: cosine to the item's media, -1..1.
     """
 
@@ -105,14 +102,12 @@ class Task:
         name: key in ``metrics.json``.
         items: samples whose last question is answered; each has references.
         metric: scores the answers; None: only the loss is measured.
-        loss_items: samples whose loss is measured.
         baselines: for each variant without a model, a function that returns one answer per item.
         altered: for each further variant of the model, a function that returns the changed item; None: it would stay
             the same, and is not measured in this variant.
         lookups: for variants of the model that differ in their embeddings or records, a lookup of their own; together
             with ``altered`` or without.
         make_row: makes a row for the report; None: the task has no rows.
-        max_new_tokens: longest answer.
         shuffled_limit: answer at most this many items with shuffled media, drawn with a fixed seed; None: all.
         counts: further numbers about the items, added to the metrics of ``model``.
 

@@ -69,16 +69,12 @@ class Result:
         kind: classify, tag or retrieve.
         modality: modality of the media.
         target_modality: modality of the retrieved media, or of the prompts.
-        measures: the numbers.
-        num_listed: number of media that the data set lists.
-        num_measured: number of media that were measured.
         skipped: media and rows that were not measured, and why.
         classes: name, number of items, and accuracy or average precision of each class; None if it has no item.
         templates: the sentences around each class name or caption.
         encoders: class, modalities, space and fingerprint of the encoders.
         cache: folder and settings of the visual cache, if one was used.
         warnings: reasons why the numbers may be meaningless.
-        notes: further remarks for the reader.
         num_encoded: number of media and texts encoded by this run; the others were in the store.
         seconds: wall time.
         layout: name of the layout, set by the caller.
@@ -154,15 +150,11 @@ def evaluate_zero_shot(
     once, and so do equal texts: each is right for everything that it belongs to.
 
     Args:
-        dataset: a data set; see `bindllm.evaluation.layouts.read_layout`.
         encoders: the first one that supports a modality embeds it.
-        store: folder of the embedding stores.
-        device: device of the encoders.
         templates: sentences with {} for the class name or the caption; None: the defaults of the modality, and plain
             captions.
         cache: every query is blended with this visual cache, unless the cache skips its modality: the media in
             classification, both directions in retrieval. Candidates are not blended.
-        progress: show a bar.
 
     Raises:
         InputError: no encoder supports a modality, their widths differ, or no media can be read.

@@ -264,10 +264,6 @@ class Resampler:
     With o and n the rates divided by their greatest common divisor and f = 0.99 min(o, n), sample j of the result
     is the sum over i of x[i] h((i/o - j/n) f) f/o, where h(t) = sinc(t) cos^2(pi t / 12) for |t| < 6 and 0 beyond.
     The result has ceil(n N / o) samples. At equal rates the samples do not change.
-
-    Args:
-        source_rate: sample rate of the input.
-        rate: sample rate of the output.
     """
 
     def __init__(self, source_rate: int, rate: int) -> None:
@@ -295,8 +291,6 @@ class Resampler:
             samples: [C, n] float32, the source from sample ``first`` on. It covers `needs`; samples before or
                 after the whole recording count as 0.
             first: position of ``samples`` in the whole recording.
-            start: first result.
-            stop: result to stop before.
 
         Returns:
             [C, stop - start] float32.

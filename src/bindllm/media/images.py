@@ -127,9 +127,6 @@ def open_image(source: Source, *, size: int | None = 448) -> Image.Image:
 def open_raster(stream: BinaryIO) -> Iterator[Image.Image]:
     """Yield the raster image in a stream, not decoded yet, in its stored mode.
 
-    Args:
-        stream: the file, at its start.
-
     Raises:
         MediaError: not a raster image, above `MAX_PIXELS`, or an error of Pillow while it is open.
     """
@@ -309,11 +306,6 @@ def _render_svg(stream: BinaryIO, *, size: int, name: str) -> Image.Image:
     The proportions come from width and height, else from the viewBox, else from the bounding box of the
     drawing (100 x 100 if it is empty). Images inside are drawn only if they are embedded in the file, and text only in
     the fonts of this machine; the first file of each kind gives a warning. A link in a request is an error.
-
-    Args:
-        stream: the file, plain or packed with gzip.
-        size: longer side in pixels.
-        name: name of the file, for warnings.
 
     Raises:
         MediaError: not well-formed, without area, too large, with embedded images above `MAX_PIXELS`, or it needs more

@@ -135,12 +135,7 @@ def decoding_one(budget: Budget | None) -> Iterator[list[str]]:
 
 
 def at_most(name: str, most: float) -> float:
-    """Return the lower one of a limit of a loader and that of the request.
-
-    Args:
-        name: a field of `MediaLimits`.
-        most: the loader's own limit.
-    """
+    """Return the lower one of a limit of a loader and that of the request."""
     budget = current_budget()
     return most if budget is None else min(most, getattr(budget.limits, name))
 
@@ -149,8 +144,6 @@ def warn(name: str, message: str, *, kind: str = "") -> None:
     """Report that a media is not used as it was meant: to the request that it came with, else in the log.
 
     Args:
-        name: of the media.
-        message: the problem, and the next step.
         kind: the log has only the first warning of a kind; empty: every one.
     """
     if (messages := _active.get().messages) is not None:

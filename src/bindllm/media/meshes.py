@@ -51,7 +51,6 @@ def sample_mesh(stream: BinaryIO, *, kind: str, name: str) -> np.ndarray:
     """Return `SAMPLES` points on the surface of a mesh, the same ones every time, or its vertices if it has no area.
 
     Args:
-        stream: the file, at its start.
         kind: obj, off, stl, glb or ply.
         name: name of the file, for warnings of parts that are not used.
 

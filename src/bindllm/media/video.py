@@ -76,7 +76,6 @@ class _Timeline:
     Args:
         times: of every frame that is shown, rising, in units of the track; None: some are missing or equal.
         keys: times of the frames that decoding can start from, rising.
-        rate: average, in frames a second.
     """
 
     times: np.ndarray | None
@@ -147,12 +146,7 @@ def _is_invisible(packet: Packet, stream: VideoStream) -> bool:
 
 
 class _Finder:
-    """A video that is open for seeking; frames are identified by their times.
-
-    Args:
-        source: path or bytes.
-        timeline: of this video, with times.
-    """
+    """A video that is open for seeking; frames are identified by their times."""
 
     def __init__(self, source: Source, timeline: _Timeline) -> None:
         assert timeline.times is not None

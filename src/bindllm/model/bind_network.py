@@ -146,7 +146,6 @@ class Resampler(nn.Module):
     Args:
         token_size: ``C``, width of the encoder's tokens.
         width: ``D``, the decoder's hidden size.
-        config: number of bind tokens, and the shape of the blocks.
 
     Examples:
         >>> resampler = Resampler(1280, 64, BindConfig(tokens=4))
@@ -189,7 +188,6 @@ class Projector(nn.Module):
     A multilayer perceptron as in LLaVA-1.5 (arXiv 2310.03744, section 3.3), without attention over the tokens.
 
     Args:
-        token_size: ``C``, width of the encoder's tokens.
         width: ``D``, the decoder's hidden size.
 
     Examples:
@@ -211,7 +209,6 @@ class Projector(nn.Module):
 
         Args:
             tokens: with their positions, [..., n, C]; a row of zeros is not a token and gives zeros.
-            count: number of tokens.
         """
         tokens = tokens[..., :count, :]
         x = self.out(nn.functional.silu(self.norm(self.projection(tokens.to(self.projection.weight.dtype)))))

@@ -41,7 +41,6 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
     """Return the text of the card.
 
     Args:
-        manifest: content of ``bindllm.json``.
         data: folders or tables that the model was trained on; their ``SOURCE.json`` gives the license.
     """
     name = manifest["decoder"]["name"].rstrip("/").rsplit("/", 1)[-1]
@@ -64,12 +63,7 @@ def write_card(manifest: dict[str, Any], *, data: list[str] | None = None) -> st
 
 
 def describe(manifest: dict[str, Any], rows: list[dict[str, str]]) -> list[str]:
-    """Return the lines about the parts of a model: a table of them, their shape, and where converted weights are from.
-
-    Args:
-        manifest: content of ``bindllm.json``.
-        rows: a row ``part``, ``name``, ``license`` for each part.
-    """
+    """Return the lines about the parts of a model: their table, their shape, and where converted weights are from."""
     adapter = manifest.get("adapter")
     tuned = ", and an adapter that tunes that model" if adapter else ""
     kind = "language model, which is tuned" if manifest["decoder"].get("tuned") else "frozen language model"
@@ -158,7 +152,6 @@ class Part(NamedTuple):
 
     Args:
         part: decoder, encoder or training data.
-        name: how the card names it.
         folder: its folder or table; empty if it has none.
     """
 

@@ -135,10 +135,8 @@ def write_checkpoint(
     """Write a checkpoint folder in one step; an existing checkpoint there is replaced, anything else refused.
 
     Args:
-        folder: the output folder.
         manifest: JSON-able content of ``bindllm.json``; format, hashes of the weights and root are added.
         tensors: trainable tensors by name; those of the adapter have the prefix ``adapter.`` before peft's name.
-        card: text of the model card.
         adapter_config: content of peft's ``adapter_config.json``, if the model has an adapter.
         files: text of further files by name, such as ``conversion.tsv`` of a conversion.
         datastore: the records that the model answers with, if it reads any. None: an earlier datastore there stays.
@@ -232,7 +230,6 @@ def name_cache(folder: str | Path, entry: Mapping[str, Any] | None) -> None:
     """Write into an existing checkpoint which visual cache it answers with, in one step.
 
     Args:
-        folder: the checkpoint.
         entry: ``folder`` of the cache, relative to the current directory, and settings; None: no cache.
 
     Raises:
@@ -298,7 +295,6 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     """Build the encoder that a manifest names by ``class_path`` and ``init_args``.
 
     Args:
-        entry: ``{"class_path": ..., "init_args": {...}}``.
         allow: import paths that the caller trusts, such as ``"my_lab.RadarEncoder"``; others must be classes of
             encoders below ``bindllm.``. It replaces any ``allow`` in ``init_args``.
 
@@ -358,7 +354,6 @@ def fingerprint_checkpoint(manifest: Mapping[str, Any], tensors: Mapping[str, Te
 
     Args:
         manifest: content of ``bindllm.json``, or the description of a model.
-        tensors: the trained tensors.
     """
     decoder = {
         key: manifest["decoder"].get(key)
@@ -406,11 +401,6 @@ def _keep_path(entry: Mapping[str, Any], folder: str | Path, *, root: Path | Non
 
     Inside the checkpoint it is relative to that, an absolute one stays so, and others are relative to the directory in
     which the checkpoint was made.
-
-    Args:
-        entry: its ``folder`` relative to the current directory.
-        folder: the checkpoint.
-        root: the directory in which it was made; None: this one.
     """
     path, home = Path(entry["folder"]), Path(folder).resolve()
     if path.resolve().is_relative_to(home):

@@ -393,9 +393,7 @@ def without_weights(
     """Build a decoder on the meta device: names and shapes only.
 
     Args:
-        folder: the decoder, also for messages.
         config: used instead of the folder's own.
-        **options: of `from_config`, such as ``dtype``.
 
     Raises:
         DecoderError: it is not a causal language model, or needs code of the folder.

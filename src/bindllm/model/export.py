@@ -145,9 +145,6 @@ def merge(
     Args:
         decoder: without adapter, injection or quantization; changed in place.
         config: of the adapter; None: the decoder has none, and only its dtype changes.
-        tensors: the adapter's, by their names in a checkpoint.
-        dtype: the precision that the decoder gets.
-        source: where they are from, for the message.
 
     Returns:
         the numbers of merged projections and of replaced norms.

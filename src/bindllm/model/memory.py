@@ -138,8 +138,6 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor's storage as of a kind; one that is counted already changes its kind.
 
         Args:
-            tensor: any tensor; views share a storage.
-            kind: name of the part.
             size: bytes, if they differ from the bytes of the storage.
         """
         storage = tensor.untyped_storage()
@@ -193,7 +191,6 @@ def trace_step(
 
     Args:
         model: on the meta device, its decoder from `meta_decoder`.
-        loss: the forward pass; returns the loss.
         accumulates: whether gradients of earlier batches are kept during the backward pass.
 
     Raises:

@@ -56,18 +56,7 @@ def load_model(
     datastore: Any,
     records: int | None,
 ) -> BindLLM:
-    """Return the model of a checkpoint folder; arguments as for `BindLLM.from_pretrained`.
-
-    Args:
-        kind: the class of the model.
-        folder: the checkpoint.
-        parts: the arguments of `read_parts`, and the revision on the hub.
-        device: where the decoder is loaded.
-        cache: the visual cache.
-        tokens: bind tokens of a media group.
-        datastore: the records of a model with context.
-        records: number of records for each media.
-    """
+    """Return the model of a checkpoint folder; arguments as for `BindLLM.from_pretrained`."""
     if (revision := parts.pop("revision")) is not None:
         folder = _download(str(folder), revision)
     config, parts, found = read_parts(folder, **parts)
@@ -122,12 +111,9 @@ def read_parts(
     """Read a checkpoint folder and check that decoder and encoders are those it was trained with.
 
     Args:
-        folder: the checkpoint.
         decoder: folder of the decoder, if it is not at the path that the checkpoint names.
-        dtype: another precision of the decoder.
         allow: encoder classes outside bindllm that may be imported.
         encoders: additional encoders, for modalities that the checkpoint's encoders do not serve.
-        quantize: as for `read_decoder`.
 
     Returns:
         the decoder's config; the other arguments of `BindLLM.build`; the trained tensors.
@@ -170,8 +156,6 @@ def read_decoder(
     """Return the config of a checkpoint's decoder, its path resolved from here, and check its fingerprint.
 
     Args:
-        folder: the checkpoint.
-        manifest: its content.
         decoder: folder of the decoder, if it is not at the path that the checkpoint names.
         dtype: another precision than in training.
         quantize: another quantization than in training; None: the same, False: none.
@@ -271,9 +255,7 @@ def new_cache_config(checkpoint: str | Path, place: str, encoder: Encoder) -> Ca
     """Return the entry of a checkpoint for a visual cache of this encoder; its settings stay as they are there.
 
     Args:
-        checkpoint: the checkpoint folder.
         place: folder of the cache, or path of an embedded Milvus.
-        encoder: embeds the images of the cache.
 
     Raises:
         CheckpointError: the checkpoint has another encoder.

@@ -31,7 +31,6 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the quantization settings of transformers.
 
     Args:
-        kind: one of `QUANTIZATIONS`.
         dtype: type of the decoder; matrix products run in it.
 
     Raises:

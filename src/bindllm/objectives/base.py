@@ -182,7 +182,6 @@ def token_log_probs(
     Args:
         model: a `BindLLM` in any mode; the result has a gradient if gradients are enabled.
         batch: inputs of the model; the N supervised tokens are its labels after the first of each row.
-        temperature: the sampling temperature.
 
     Returns:
         Log-probabilities in nats, [N], float32 (float64 if the logits are); and the row of each token, [N].
@@ -200,7 +199,6 @@ def answer_log_probs(model: BindLLM, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         model: in any mode; the result has a gradient if gradients are enabled.
-        batch: inputs of the model, R rows.
 
     Returns:
         The sum over the supervised tokens of each row, in nats, [R], float32 (float64 if the logits are); and the
@@ -215,7 +213,6 @@ def sum_by_row(values: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Ten
     Args:
         values: a value for each token, [N].
         rows: the row of each token, [N].
-        num_rows: number of rows R.
     """
     own = rows == torch.arange(num_rows, device=rows.device)[:, None]
     # Not index_add: on GPUs its order of additions varies, so a resumed run would differ in the last bits.

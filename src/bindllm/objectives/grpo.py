@@ -199,12 +199,7 @@ class GRPO(Objective):
 
     @torch.no_grad()
     def roll_out(self, model: BindLLM, batch: Batch) -> Rollout:
-        """Sample a group of answers to each prompt, and judge them.
-
-        Args:
-            model: in any mode.
-            batch: as `add_reference` returned it.
-        """
+        """Sample a group of answers to each prompt, and judge them."""
         samples = [sample for sample in self._samples(batch) for _ in range(self.group_size)]
         drawn, texts, cut = draw_answers(
             model,
@@ -366,9 +361,7 @@ def draw_answers(
     Args:
         model: in any mode; it generates without gradients.
         prompts: a batch of `bindllm.data.collate.prompt_batch`, B rows.
-        group_size: answers to each prompt, G.
         temperature: divisor of the logits; 1 samples from the model's own distribution.
-        max_new_tokens: longest answer, including its end token.
 
     Returns:
         prompts with their answers, R = B * G rows grouped by prompt and padded on the right, as from

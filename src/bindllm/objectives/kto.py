@@ -153,8 +153,6 @@ def kto_loss(
         ratio: log ratio (trained / reference) of each answer, [R].
         point: the reference point, a scalar without gradient, at least 0.
         desirable: whether each answer is desirable, bool, [R].
-        beta: see `KTO`.
-        weights: weights of desirable and of undesirable answers.
 
     Returns:
         Losses, [R], each between 0 and its weight.

@@ -97,9 +97,7 @@ def dpo_loss(gap: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing
 
     Args:
         gap: log ratio (trained / reference) of the chosen answer minus that of the rejected one, [B].
-        beta: see `DPO`.
         kind: sigmoid or ipo.
-        label_smoothing: see `DPO`.
 
     Returns:
         Losses, [B].

@@ -60,12 +60,6 @@ class References:
     ) -> None:
         """Read the values from the run's folder, or compute and write them; every process then has all of them.
 
-        Args:
-            model: on its device, in eval mode.
-            data: the data of the run.
-            context: processes, device and folder of the run.
-            columns: the answers of each split.
-
         Raises:
             TrainingError: the values of a resumed run are missing (its weights are no longer the initial ones), a
                 value is not finite, or the file cannot be written or read.

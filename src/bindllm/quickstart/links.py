@@ -54,12 +54,6 @@ def build(
 ) -> dict[str, Any]:
     """Write the images and the table of their labels; a `bindllm.quickstart.Builder`.
 
-    Args:
-        wheels: the files of `PACKAGES`.
-        folder: an empty folder.
-        views: views of a drawing of each split.
-        threads: number of threads; None: one for each CPU core.
-
     Raises:
         MissingExtraError: resvg_py is not installed.
     """
@@ -98,12 +92,7 @@ def _make(
 
 
 def draw_view(sprite: Sprite, number: int) -> Image.Image:
-    """Return a view of a drawing.
-
-    Args:
-        sprite: the drawing.
-        number: index of the view, from 0.
-    """
+    """Return a view of a drawing."""
     # Only `random()` of a generator is the same in every version of Python.
     rng = Random(f"{sprite.name}/{number}")
     color = list(BACKGROUNDS.values())[between((0, len(BACKGROUNDS) - 1), rng)]

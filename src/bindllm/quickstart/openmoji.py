@@ -65,7 +65,6 @@ class Wheels(NamedTuple):
     Args:
         drawings: the SVG of each drawing, by its code points, such as 1F469-200D-1F692.
         names: the entries of the ``emoji`` package, by their characters.
-        license: text of OpenMoji's license.
     """
 
     drawings: dict[str, bytes]

@@ -24,12 +24,7 @@ class Package:
     """One file of a package registry: a wheel for pip, or a ``.deb`` for apt.
 
     Args:
-        name: name in the registry.
-        version: the pinned version.
-        file: file name of the download.
-        sha256: expected hexadecimal digest of the file.
         license: SPDX name of the license of the content that is used.
-        megabytes: size of the download, for messages.
     """
 
     # Pinned by content: a registry or a mirror cannot change an asset unnoticed.
@@ -50,8 +45,6 @@ class Downloads:
 
     Args:
         folder: folder of the files; made when needed.
-        pip: command of pip.
-        apt: command of apt-get.
     """
 
     folder: Path
@@ -64,7 +57,6 @@ class Downloads:
         A file with another content is renamed to ``FILE.refused`` and downloaded again.
 
         Args:
-            package: the package to get.
             say: takes one line before each long step.
 
         Raises:

@@ -133,7 +133,6 @@ class Thing:
     """One drawing in a scene.
 
     Args:
-        name: its name.
         size: square root of width times height before the turn, in pixels.
         turn: clockwise turn in degrees.
         box: left, top, right and bottom, in pixels.
@@ -159,10 +158,6 @@ class Scene:
     """Everything about a scene.
 
     Args:
-        part: name of its part.
-        number: index in its part, from 0.
-        background: name of the color.
-        color: the color, RGB.
         things: from left to right.
     """
 
@@ -183,12 +178,6 @@ def build(
     wheels: Sequence[Path], folder: Path, *, parts: Sequence[Part] = PARTS, threads: int | None = None
 ) -> dict[str, Any]:
     """Write the images, the questions and the descriptions; a `bindllm.quickstart.Builder`.
-
-    Args:
-        wheels: the files of `PACKAGES`.
-        folder: an empty folder.
-        parts: the scenes to make.
-        threads: number of threads; None: one for each CPU core.
 
     Raises:
         AssetError: OpenMoji lacks a thing.
@@ -239,13 +228,7 @@ def _make(part: str, number: int, *, sprites: Mapping[str, Sprite], folder: Path
 
 
 def plan(part: str, number: int, sprites: Mapping[str, Sprite]) -> Scene:
-    """Return the description of a scene.
-
-    Args:
-        part: name of its part.
-        number: index in its part, from 0.
-        sprites: the drawings by name.
-    """
+    """Return the description of a scene."""
     # Only `random()` of a generator is the same in every version of Python.
     rng = Random(f"{part}/{number}")
     colors = OTHER_BACKGROUNDS if part == NAMING else BACKGROUNDS

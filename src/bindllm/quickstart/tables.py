@@ -46,7 +46,6 @@ def write_captions(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, i
     """Write a caption table, and return the number of rows of each split.
 
     Args:
-        path: the file to write.
         rows: rows with ``image``, ``caption`` (a list, written as a string if it has one member), ``split`` and
             further columns.
     """

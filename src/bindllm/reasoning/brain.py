@@ -46,8 +46,6 @@ class Reply:
 
     Args:
         text: as the brain wrote it, without its calls; the answer if there are none.
-        calls: name and arguments of each call.
-        tokens: length of the reply.
         problem: why the reply cannot be read as calls or an answer; "" if it can.
 
     Raises:
@@ -100,9 +98,6 @@ class _Constrained(LogitsProcessor):
     """Lets only tokens follow that a grammar allows, in an answer of one row.
 
     Args:
-        constraint: at the beginning of the answer.
-        width: tokens of the prompt.
-        ends: tokens that end an answer.
         is_done: whether an answer [A] should end, if it may.
     """
 

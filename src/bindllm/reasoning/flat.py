@@ -99,10 +99,6 @@ class FlatMasker(LogitsProcessor):
     """Lets only tokens follow that continue a regular expression, in an answer of one row.
 
     Args:
-        pattern: of the whole answer.
-        tokenizer: of the decoder.
-        width: tokens of the prompt.
-        ends: tokens that end an answer.
         is_done: whether an answer [A] should end, if it may.
     """
 

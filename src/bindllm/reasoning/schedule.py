@@ -39,8 +39,6 @@ class Call:
 
     Args:
         number: of the call in the run; its result is ``result`` with this number.
-        name: of the tool.
-        arguments: as the planner wrote them.
         problem: why it cannot be run; "" if it can.
         same_as: the number of an earlier call with the same tool and arguments, or None.
     """
@@ -62,9 +60,6 @@ class Outcome:
     """The end of a call.
 
     Args:
-        value: its result.
-        error: why it has none; "" if it has one.
-        seconds: how long it ran.
         note: for the planner, after the result.
     """
 
@@ -130,9 +125,6 @@ class Scheduler:
     """Runs the calls of one run.
 
     Args:
-        tools: by name.
-        handles: media by handle.
-        seconds: longest time of a call.
         report: called with each call that has ended, and its outcome.
 
     Attributes:
@@ -173,7 +165,6 @@ class Scheduler:
         """Run calls, those that do not depend on each other at the same time.
 
         Args:
-            calls: of one reply.
             deadline: time of ``time.monotonic`` at which the run ends.
         """
         # How to read this: a call starts when all results that it needs are there, and ends by a message in the queue

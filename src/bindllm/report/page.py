@@ -70,14 +70,10 @@ class ReportData:
     """Content of a page.
 
     Args:
-        metrics: content of ``metrics.json``.
         rows: held-out rows by task: `bindllm.evaluation.captions.CaptionRow`,
             `bindllm.evaluation.answers.AnswerRow` and `bindllm.evaluation.episodes.EpisodeRow` as dictionaries.
         facts: the fields of `bindllm.report.report.RunFacts`.
         gates: effective gates, [L] or [L, H].
-        training: training loss by step.
-        validation: validation loss by step.
-        recipe: text of ``recipe.yaml``, or empty.
         thumbnails: data URIs by the path of their image, as in the rows.
     """
 

@@ -87,15 +87,10 @@ class RunFacts:
     """Facts of a run other than its metrics, rows, log, recipe and gates. All JSON-able.
 
     Args:
-        title: heading of the page.
         parameters: a row per parameter group: ``group``, ``tensors``, ``parameters``, ``trainable``.
         data: the fields of a `bindllm.data.report.DataReport`.
         licenses: a row per part: ``part``, ``name``, ``license``.
         problems: the error of each measurement that failed.
-        device: device of the training.
-        finished: end of the run, as text.
-        software: versions by package.
-        revision: git revision, or None.
     """
 
     title: str = "bindllm run"
@@ -120,11 +115,9 @@ def write_report(
     """Write ``metrics.json``, the files that the page is made from, and the page.
 
     Args:
-        folder: a checkpoint folder.
         metrics: the content of ``metrics.json``: ``tasks`` (the metrics of each variant of each task, None if not
             defined; see `bindllm.report.summary.KEYS`), ``seconds`` (``embed``, ``train``, ``evaluate``) and
             ``trainable_parameters``.
-        facts: further facts of the run.
         rows: held-out rows by task, as in `bindllm.evaluation.task.Evaluation.rows`.
         log: CSV file with the columns ``step``, ``train_loss`` and ``val_loss``, or None.
 

@@ -132,9 +132,7 @@ def summarize(
     """Return the headline: every task compared with its baselines, one sentence for each comparison.
 
     Args:
-        metrics: content of ``metrics.json``.
         num_captions: number of held-out images (or other media) with captions.
-        modalities: modalities of the training data.
     """
     words, sentences = media_words(modalities), []
     for task, variants in metrics["tasks"].items():

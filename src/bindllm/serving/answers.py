@@ -19,11 +19,6 @@ from bindllm.serving.request import Piece
 class Answers:
     """The answers to a request; leaving the block cancels those that are not finished.
 
-    Args:
-        engine: answers the request.
-        question: its request, and the number of answers.
-        metrics: counts tokens and times.
-
     Raises:
         EngineBusy: the queue cannot take all choices; none of them stays in it.
         EngineClosed: the server is about to end.
@@ -112,10 +107,6 @@ class Answers:
         self, first: tuple[int, Piece] | None = None, *, seconds: float | None = None
     ) -> AsyncIterator[tuple[int, Piece] | None]:
         """Yield all pieces with their choices, and None after each time of some seconds without one.
-
-        Args:
-            first: the result of an earlier `next`.
-            seconds: as for `next`.
 
         Raises:
             Exception: as for `next`.

@@ -58,7 +58,6 @@ class Endpoints:
 
     Args:
         engine: answers questions, and embeds media.
-        config: limits.
 
     Attributes:
         draining: set before the server ends; then no new request is served.
@@ -223,8 +222,6 @@ class _Workers:
     """A few threads for work that would stop the event loop, and a limited number of calls.
 
     Args:
-        name: of the threads.
-        threads: number of threads.
         waiting: most calls that run or wait at the same time.
     """
 
@@ -263,12 +260,7 @@ class _Workers:
 
 
 def build_app(engine: Engine, config: ServeConfig) -> FastAPI:
-    """Return the application; ``app.state.endpoints`` are its `Endpoints`.
-
-    Args:
-        engine: answers questions with its model.
-        config: limits and API keys.
-    """
+    """Return the application; ``app.state.endpoints`` are its `Endpoints`."""
     endpoints = Endpoints(engine, config)
     # Without the interactive docs, which load scripts of another site.
     # Without redirects too: their target would be made of the Host header.

@@ -71,9 +71,6 @@ class SlotCache(Cache):
     its left, which the attention mask hides, as in a batch of prompts of different lengths. Rows of the buffers after
     the last one in use, and columns on both sides of those in use, are spare.
 
-    Args:
-        num_layers: layers of the decoder.
-
     Attributes:
         lengths: tokens of each row.
         start: first column in use.
@@ -95,7 +92,6 @@ class SlotCache(Cache):
 
         Args:
             prompts: keys and values of prompts that are padded on the left.
-            lengths: tokens of each new row.
             chosen: index of the prompt of each new row; several rows may have the same one.
             most: tokens that the longest row, old or new, will have at most.
         """
@@ -171,8 +167,6 @@ class ReadPrompts(NamedTuple):
     Args:
         logits: of the first tokens of their answers, [R, V].
         cache: their keys and values, padded on the left.
-        state: of `GenerationState.after_prompt`.
-        lengths: their tokens.
         most: tokens of each with its longest answer.
     """
 
@@ -187,7 +181,6 @@ class Batch:
     """The running rows of a model.
 
     Args:
-        model: in eval mode.
         chunk: tokens of prompts that the decoder reads at once.
 
     Raises:
@@ -260,7 +253,6 @@ class Batch:
         """Add rows after the present ones.
 
         Args:
-            prompts: the prompts that were read.
             chosen: index of the prompt of each new row; several rows may have the same one.
         """
         most = [*self._most, *(prompts.most[n] for n in chosen)]

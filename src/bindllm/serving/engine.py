@@ -145,7 +145,6 @@ class Engine:
         """Queue a request.
 
         Args:
-            request: the request.
             listener: called with each piece, in the engine's thread, so it must not block. One that raises ends its
                 request.
 
@@ -160,7 +159,6 @@ class Engine:
 
         Args:
             request: the request. Choice ``n`` is the answer to it with the seed ``seed + n``.
-            listeners: one for each choice, as for `submit`.
 
         Raises:
             EngineBusy: the queue cannot take all of them.

@@ -114,10 +114,6 @@ def fetch(url: str, config: FetchConfig) -> bytes:
     the same way. Proxies of the environment are not used, and no cookie or credential is sent. Compressed answers are
     refused, because their size is unknown.
 
-    Args:
-        url: an http or https URL.
-        config: allowed domains and limits.
-
     Raises:
         MediaError: the URL is not allowed or the download failed; the message names the URL, never an address.
     """

@@ -50,7 +50,6 @@ class Allowance:
     """Time and memory that one request may still take; both are counted from its first byte.
 
     Args:
-        config: the limits.
         total: bytes that all requests hold, shared by them; only the event loop counts.
     """
 
@@ -84,10 +83,7 @@ class Guard:
     """Checks host, API key and size of a request, reads its body, and turns unexpected errors into answers.
 
     Args:
-        app: the application.
-        config: keys and limits.
         page: paths of the static page, which need no API key; every other one but `OPEN_PATHS` does.
-        metrics: counts the answers.
         is_draining: whether the server is about to end; then no new question is taken.
     """
 

@@ -167,9 +167,6 @@ def make_input(model: BindLLM, request: Request, recent: RecentEmbeddings, token
     """Render the prompt of a request and encode its media, as `BindLLM.generate` does.
 
     Args:
-        model: the model that answers.
-        request: the request.
-        recent: embeddings of earlier requests, read and added to.
         tokens: most tokens that a prompt and its answer may have together.
 
     Raises:

@@ -44,14 +44,7 @@ class Sampling:
 
     @classmethod
     def of(cls, temperature: float, top_p: float, seed: int | None, **further: Any) -> Sampling:
-        """Return the sampling of an answer; without a seed, answers differ from call to call.
-
-        Args:
-            temperature: as for the class.
-            top_p: as for the class.
-            seed: of the generator.
-            further: fields of the class.
-        """
+        """Return the sampling of an answer; without a seed, answers differ from call to call."""
         generator = torch.Generator()
         if seed is None:
             generator.seed()

@@ -65,9 +65,6 @@ def build_server(
     """Return a server, which a signal ends.
 
     Args:
-        app: the application.
-        engine: closed when it drains.
-        bound: where to listen.
         drain: longest time for finishing what runs, in seconds.
         name: of the model, for the line that is printed once requests are served.
         certificate: PEM files of a certificate chain and of its key (None: in the same file); None: no TLS.

@@ -56,7 +56,6 @@ class BagOfWords(nn.Module):
     Args:
         bind: the bind network. A copy is trained, so that hooks of a strategy on its parameters see no gradient.
         embeddings: the word embeddings of the decoder, at its input or at its output, [all words, D].
-        words: the ids of the words of each training group.
         lookup: of the embeddings and tokens of media groups.
 
     Attributes:
@@ -131,9 +130,7 @@ def pretrain_bind(
 
     Args:
         model: with untrained gates; only its bind network changes.
-        data: the data of the run.
         epochs: passes over the media groups of the training rows.
-        optim: optimizer and schedule.
         context: device and processes of the run; all of them do the same work, and then have the same weights.
 
     Raises:

@@ -50,7 +50,6 @@ def check_trainer(trainer: Trainer, *, num_validation: int) -> None:
     """Refuse a trainer that takes no step or rounds the trained weights, and callbacks that cannot work.
 
     Args:
-        trainer: the trainer of a recipe.
         num_validation: number of validation rows (or batches) that a run measures.
 
     Raises:

@@ -93,12 +93,7 @@ class RunPlan:
         encoded: bytes that autograd saves for a media in a tuned encoder.
         rejected: how many of the rows are rejected answers of preference pairs.
         measured_rows: rows that this size was measured on; 0: it is the largest that the recipe allows.
-        bind: shape of the bind network.
-        inject: the injected layers and the kind of injection.
-        adapter: the tuned parts of the decoder, or None.
-        context: the perceivers of retrieved records, or None.
         trainable: names of the trained parameter groups.
-        objective: the loss.
         checkpointing: whether only each layer's input is kept, and the rest is computed again.
         device: device type; it decides what dtype `auto` means.
         devices: number of processes that share what the strategy divides: all of them, or those of a node.
@@ -263,9 +258,6 @@ class RunPlan:
 
         First those that only cost time, then those that cost precision, then more devices.
 
-        Args:
-            available: bytes of a device.
-
         Yields:
             The changed keys of the recipe, and the bytes per device after the change.
         """
@@ -327,9 +319,7 @@ def plan_run(
     Args:
         recipe: the resolved recipe, with `model`, `data` and `trainer`.
         parts: the built parts `decoder`, `bind`, `inject` and, if it has one, `adapter` of the model.
-        encoders: the model's encoders.
         rows: training rows, some of which are tokenized; without any, rows of the greatest length are assumed.
-        tokenizer: the decoder's tokenizer.
     """
     model, trainer = recipe["model"], recipe["trainer"]
     # The device that the recipe asks for, also if this machine has another one.
@@ -441,7 +431,6 @@ def memory_lines(plan: RunPlan, limit: str | None) -> tuple[list[Any], str]:
     """Return the lines to print, and the problem if the run does not fit, else an empty text.
 
     Args:
-        plan: the run.
         limit: memory of a device, such as ``24GB``; None: the memory of this machine.
 
     Raises:

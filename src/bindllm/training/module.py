@@ -372,7 +372,6 @@ class WeightedAccumulation:
         Args:
             loss: mean loss of a batch.
             count: number of terms in the mean.
-            trainer: the trainer of the run.
         """
         self._batches.append((loss.detach(), count))
         return loss * count if _divisor(trainer) > 1 else loss
@@ -382,7 +381,6 @@ class WeightedAccumulation:
 
         Args:
             gradients: gradients as averaged over devices and batches by Lightning.
-            trainer: the trainer of the run.
         """
         # Emptied first: also a step that fails below leaves no batch to the next one.
         batches, self._batches = self._batches, []

@@ -101,7 +101,6 @@ def build_optimizer(groups: Groups, config: OptimConfig, *, fused: bool = True) 
     """Return the optimizer over the parameters that require a gradient.
 
     Args:
-        groups: the named groups.
         config: learning rate, betas and decay.
         fused: AdamW takes one pass over memory instead of ten; must be False with Lightning's mixed precision, which
             cannot clip the gradients of a fused optimizer.
@@ -157,8 +156,6 @@ def lr_factor(step: int, *, total: int, config: OptimConfig) -> float:
 
     Args:
         step: steps already taken.
-        total: steps of the whole run.
-        config: warm-up and final rate.
 
     Examples:
         >>> [round(lr_factor(s, total=100, config=OptimConfig(warmup=4)), 2) for s in (0, 3, 52, 100)]
@@ -284,7 +281,6 @@ def groups_table(groups: Groups, frozen: int) -> Table:
     """Return a table of trained and frozen parameters.
 
     Args:
-        groups: the named groups.
         frozen: number of parameters outside of all groups: those of the decoder, unless it is tuned.
     """
     table = Table("group", "tensors", "parameters", "with weight decay", "", box=box.SIMPLE)

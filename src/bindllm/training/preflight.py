@@ -117,8 +117,6 @@ def check_recipe(
 
     Args:
         recipe: the resolved recipe: keys and values of `output`, `model` and `data`.
-        problems: gets the problems.
-        say: prints a line.
         previewed: number of training rows to print with their label mask.
     """
     # How to read this: parts first, then checks of several parts together. A part that failed is skipped in all later
@@ -165,8 +163,6 @@ def check_checkpoint(folder: str, problems: Problems, *, allow: Sequence[str]) -
     """Note the problems of a checkpoint folder.
 
     Args:
-        folder: the checkpoint.
-        problems: gets the problems.
         allow: import paths of classes outside bindllm that it may name.
     """
     known = len(problems)
@@ -221,12 +217,8 @@ def check_sources(
     """Print the rows of each source and the skipped ones.
 
     Args:
-        read: the sources.
         encoders: they open media other than images; None if they are not known.
         tokenizer: counts tokens; None if it is not known.
-        max_length: length of the longest row in tokens.
-        problems: gets the problems.
-        say: prints a line.
     """
     # Sources that cannot be read are problems already: no row to train on is not a second one.
     num_train, known = 0, len(problems)

@@ -62,7 +62,6 @@ def check_output(output: Path, marker: str, *, kind: str, used: Iterable[str | P
     """Refuse an output that a run cannot replace at its end.
 
     Args:
-        output: the folder that the run writes.
         marker: the file that every folder of its kind has.
         kind: what the folder is, such as "a bindllm checkpoint".
         used: folders that the run fills before, or that its result names.
@@ -83,11 +82,6 @@ def run_folder(
     output: str | Path, *, store: str | Path | None = None, init_from: str | Path | None = None
 ) -> Path:
     """Return the folder of the run that writes a checkpoint folder: each output has its own.
-
-    Args:
-        output: the checkpoint folder.
-        store: folder of the embedding stores, if any.
-        init_from: the checkpoint folder whose weights the run starts with, if any.
 
     Raises:
         InputError: ``output`` cannot be replaced at the end of the run, see `check_output`, or is the checkpoint that
@@ -149,12 +143,8 @@ def open_run(
     further epochs or steps is continued, also a finished one. Every other run that was interrupted is set aside.
 
     Args:
-        folder: the run's folder.
-        recipe: the resolved recipe.
-        output: the checkpoint folder that the run will write.
         resume: False always starts from scratch.
         overwrite: the run may replace a checkpoint of another run in ``output``; a finished run is not continued.
-        say: prints a sentence.
 
     Raises:
         InputError: the run would replace a checkpoint that it does not continue, or only the number of processes has
@@ -288,13 +278,7 @@ class Run:
     """A run whose output no other process writes.
 
     Args:
-        module: the model and its objective.
-        data: the data.
         trainer: Lightning's trainer; `state` is one of its callbacks.
-        state: state, log and folder of the run.
-        output: checkpoint folder that the run writes.
-        recipe: the resolved recipe.
-        console: prints the progress.
     """
 
     module: BindModule

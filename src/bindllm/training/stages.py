@@ -92,15 +92,6 @@ def check_base(
 ) -> list[str]:
     """Compare the base of a checkpoint folder with that of a recipe; no weights are loaded.
 
-    Args:
-        folder: the checkpoint of the earlier stage.
-        decoder: decoder of the recipe, as all following arguments.
-        encoders: encoders in their order.
-        bind: shape of the bind network.
-        inject: kind of injection.
-        adapter: adapter of the decoder; None: none.
-        context: perceivers of retrieved records; None: none.
-
     Returns:
         Sentences about differences that are allowed.
 

@@ -110,8 +110,6 @@ class RunState(Checkpoint):
     Only rank 0 writes, because all processes hold the same trained tensors.
 
     Args:
-        folder: the run's folder.
-        log: the log of the run.
         every_seconds: time between saved states.
 
     Attributes:

@@ -107,8 +107,6 @@ def shard_decoder(decoder: PreTrainedModel, mesh: DeviceMesh, *, whole: Iterable
     """Shard the decoder's weights over a mesh; each layer is gathered when it runs.
 
     Args:
-        decoder: the decoder with its adapter and injection.
-        mesh: one-dimensional mesh of processes.
         whole: parameters of the decoder that are not sharded.
 
     Raises:

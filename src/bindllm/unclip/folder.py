@@ -41,10 +41,8 @@ class PipelineSpec:
     """Facts about a pipeline, from its JSON files.
 
     Args:
-        folder: the folder.
         name: its id on the hub, or the name of the folder without its path.
         width: D, width of its image embeddings.
-        license: words of its card.
     """
 
     folder: Path
@@ -58,7 +56,6 @@ def read_pipeline(name: str, revision: str | None = None) -> PipelineSpec:
 
     Args:
         name: a folder, or the id of a pipeline on the hub, which is downloaded. A folder never uses the network.
-        revision: commit on the hub.
 
     Raises:
         CheckpointError: the folder does not exist, holds another kind of pipeline, lacks a part or its safetensors, or
@@ -190,10 +187,7 @@ def load_pipeline(
     """Load a pipeline onto a device.
 
     Args:
-        spec: from `read_pipeline`.
         image_encoder: its image encoder. The pipeline calls for one, and does not run it for an embedding.
-        device: where it draws.
-        dtype: of its weights.
 
     Raises:
         CheckpointError: as for `load_part`, or a scheduler or the tokenizer cannot be loaded.

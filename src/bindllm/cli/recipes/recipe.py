@@ -76,10 +76,6 @@ def closest_name(message: str, keys: Sequence[str]) -> str:
 
     The message names the parts of the recipe from the outside in, so the names are followed, through keys, modules and
     the arguments of classes, until one of them is unknown.
-
-    Args:
-        message: the message.
-        keys: dotted keys of the recipe.
     """
     if found := _VALUE.search(message):
         # The message quotes the literals of the type, and the value that is none of them.
@@ -179,8 +175,6 @@ class RecipeCLI(LightningCLI):
     """Reads a recipe, and builds model and data from it.
 
     Args:
-        command: name of the command, for the usage line.
-        args: ``--config`` and overrides.
         build: False only reads the recipe.
 
     Attributes:
@@ -354,11 +348,6 @@ def quiet() -> Iterator[None]:
 
 class CheckedRecipe(RecipeCLI):
     """Reads a recipe that has mistakes: each is noted and skipped, until all of them are known.
-
-    Args:
-        file: the recipe.
-        overrides: options that change its keys.
-        problems: gets a message for each mistake.
 
     Attributes:
         config: the resolved recipe without its mistakes.

@@ -72,7 +72,6 @@ def keep_classes(
 
     Args:
         rows: the images of each split; the first reference of a row is its label.
-        config: of the source; has ``episodes``.
         report: counts the other images, and gets the number of classes.
 
     Raises:
@@ -126,10 +125,6 @@ def find_classes(
     """Return the images of each class of a split that has enough of them; count the others.
 
     Args:
-        rows: the labeled images of one source and split.
-        config: of the source.
-        split: the split.
-        skipped: counts repeated images, and images of classes with too few.
         key: equal for equal images, so that a query is never a copy of a shot.
 
     Raises:
@@ -170,8 +165,6 @@ def draw_episodes(
     """Replace the labeled images of sources with ``episodes`` by their episodes; other rows stay.
 
     Args:
-        rows: of all sources, by split.
-        sources: of the recipe.
         skipped: counts images that have the same content as another one, and images of classes that became too small.
         embeddings: of all media. Without them hard negatives are random, and copies of an image are not found.
 
@@ -275,11 +268,6 @@ def make_episode(
     Args:
         support: name and labeled image of each shot, in the order of the prompt.
         query: true name and image of the query.
-        names: of all classes of the episode.
-        shots: number of shots of each class.
-        title: of the episode, for messages.
-        config: of the source.
-        split: of the episode.
     """
     name, row = query
     counted = f"{shots} shot{'s' * (shots != 1)}"

@@ -28,14 +28,7 @@ Named = tuple[str, Record]
 def read_layout(
     config: SourceConfig, number: int, resolve: MediaResolver, skipped: Skipped
 ) -> Iterator[tuple[Row, Split]]:
-    """Yield the rows of a published list, each with its split.
-
-    Args:
-        config: the source; ``episodes.layout`` names the layout.
-        number: index of the source in the recipe.
-        resolve: finds the images.
-        skipped: counts records that cannot be used.
-    """
+    """Yield the rows of a published list, each with its split."""
     reader = _Reader(config, number, resolve)
     first: Named | None = None
     for name, record in read_json_lines(Path(config.path), (), skipped):

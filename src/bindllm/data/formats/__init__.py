@@ -67,11 +67,7 @@ def read_row(
 
     Args:
         record: of a table, or the JSON of a streamed sample; not changed.
-        config: of the source; names the format.
-        resolve: finds the media that the record refers to.
         unnamed: returns media, by modality, that belong to the record without being named in it.
-        name: of the record, for messages.
-        source: index of the source in the recipe, from 0.
 
     Raises:
         InputError: the record cannot be used.

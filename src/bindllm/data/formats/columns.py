@@ -66,12 +66,7 @@ class Fields:
     """Reads one record: its columns, its media, and the row that it becomes.
 
     Args:
-        record: as the table has it.
-        config: the source; names the columns.
-        resolve: finds the media that the record refers to.
         unnamed: returns media, by modality, that belong to the record without being named in it.
-        name: of the record, for messages.
-        source: index of the source in the recipe, from 0.
     """
 
     record: Record
@@ -187,9 +182,6 @@ class Fields:
         """Return the row of messages that end with an answer.
 
         Args:
-            messages: OpenAI messages.
-            media: for their placeholders.
-            task: how the row is measured if it is held out.
             facts: other fields of `Row`; the only reference is the answer itself by default.
 
         Raises:
@@ -364,7 +356,6 @@ def json_list(value: object, of: tuple[type, ...] = (str, Mapping)) -> object:
     """Return the list that a text holds in JSON; every other value, and every other text, as it is.
 
     Args:
-        value: of a column that may hold a text or a list.
         of: types of the items of such a list; a text such as ``[1, 2]`` may be an answer.
 
     Examples:

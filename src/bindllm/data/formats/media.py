@@ -20,7 +20,6 @@ class FolderResolver:
     """Resolves media in a folder.
 
     Args:
-        root: folder that paths are relative to.
         allow_outside: whether a row may name a file outside the folder.
 
     Examples:

@@ -59,7 +59,6 @@ class EmbeddedSamples:
     Args:
         samples: their media are names without content.
         embeddings: the fused embedding of each of their media groups, unit norm, [E].
-        embedding_size: E.
         media_tokens: the tokens of each of their media that has any, from `reduce_tokens`.
         token_width: C; 0 if tokens are not asked for.
     """
@@ -93,9 +92,6 @@ class Chunk:
         end: the first batch of the next chunk.
         embedded: the usable samples, in the order in which they were read.
         batches: indices into ``embedded`` of the rows of each batch.
-        read: number of samples that were read.
-        skipped: samples and shards that cannot be used.
-        remarks: samples that are used and have a fault.
     """
 
     start: StreamState
@@ -114,11 +110,9 @@ class ChunkReader:
     A chunk ends after ``options.chunk`` samples, or when a stream begins its next pass: no sample is in a chunk twice.
 
     Args:
-        mixture: source of the samples.
         sources: the recipe's index and configuration of each stream of the mixture.
         tokenizer: of the decoder; copied, because the loader's thread must not share it.
         encoders: embed the media of the samples; on the CPU again afterwards.
-        options: settings of all streams.
         context: the device that the encoders run on, and the rank of this process.
         token_modalities: modalities whose tokens are kept with the samples of a chunk.
     """
@@ -135,7 +129,6 @@ class ChunkReader:
         """Yield chunks, starting with the chunk of a state, without end.
 
         Args:
-            start: its chunk is the first.
             stopped: called before each sample; reading ends once it returns true.
 
         Raises:
@@ -252,7 +245,6 @@ def embed_samples(
     The same samples in the same order give the same batches for the encoder, and so the same bits.
 
     Args:
-        embedder: of the encoders of the model.
         samples: read only as far ahead as the memory for prepared media allows.
         skip: called with the reason and the name of each skipped sample.
 

@@ -32,15 +32,10 @@ class StreamLoader:
     not had, however far ahead the thread is; and of the batch before it, for a step that was interrupted.
 
     Args:
-        sources: all of the recipe; those that are not streamed for training are ignored.
-        tokenizer: of the decoder; copied.
-        encoders: for the media.
-        options: settings of all streams.
         length: batches that the trainer will take; to Lightning they are one epoch.
         position: returns how many batches the trainer has completed; by default, how many were yielded.
         context: the processes of the run, each of which calls `state_dict` when the others do, and the device that
             the encoders run on.
-        token_modalities: modalities whose tokens are in the batches.
 
     Raises:
         InputError: a stream with fewer shards than there are processes.

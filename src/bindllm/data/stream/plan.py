@@ -69,14 +69,6 @@ class StreamState:
 class ShardStream:
     """The samples of one source, in endless passes over its shards.
 
-    Args:
-        path: the source in the recipe.
-        shards: all of them.
-        seed: of the order of shards.
-        source: index of the source in the recipe.
-        world_size: processes that share a pass.
-        rank: index of this process.
-
     Raises:
         InputError: fewer shards than processes.
     """
@@ -107,7 +99,6 @@ class ShardStream:
         """Yield samples from a position on, without end, each with the position after it.
 
         Args:
-            position: of the first sample.
             bad: receives a message for each shard that is missing or damaged.
 
         Raises:
@@ -149,7 +140,6 @@ class Mixture:
     """Several streams as one, in proportion to their weights at any moment.
 
     Args:
-        streams: at least one.
         weights: share of each among the samples, above 0; only their ratios count.
     """
 
@@ -162,7 +152,6 @@ class Mixture:
         """Yield samples from these positions on, without end: index of the stream, sample, and the positions after it.
 
         Args:
-            positions: one for each stream.
             bad: receives a message for each shard that is missing or damaged.
         """
         current = list(positions)
@@ -178,11 +167,6 @@ def group_by_length(lengths: Sequence[int], *, batch_size: int, seed: Sequence[i
     """Return the rows of a chunk in batches of similar length, in a shuffled order.
 
     The batch sizes differ by at most one row: a short batch would count as much as a full one in training.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: maximum rows of a batch.
-        seed: of this chunk.
 
     Examples:
         >>> batches = group_by_length([3, 9, 4, 8, 4], batch_size=3, seed=[0])

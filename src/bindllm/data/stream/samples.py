@@ -27,9 +27,6 @@ _NOT_MEDIA = frozenset(("json", "cls", "id", "index", "url", *_TEXTS))
 class TarResolver:
     """Resolves media among the members of a sample: by their whole name, their ending, or as the only one.
 
-    Args:
-        sample: the members.
-
     Examples:
         >>> resolve = TarResolver(TarSample("0.tar", "a/cat", 0, {"jpg": b"...", "txt": b"A cat."}))
         >>> resolve("image", "cat.jpg") == resolve("image", "jpg") == resolve("image", None)
@@ -105,11 +102,6 @@ class TarResolver:
 def read_row(sample: TarSample, config: SourceConfig, source: int) -> Row:
     """Return the row of a sample.
 
-    Args:
-        sample: of a shard.
-        config: the source in the recipe.
-        source: its index in the recipe, from 0.
-
     Raises:
         InputError: the sample cannot be used.
     """
@@ -137,8 +129,6 @@ def read_stream(
     """Read the first rows of a stream into memory, shard after shard: rows that are evaluated, not trained on.
 
     Args:
-        config: the source in the recipe.
-        number: its index in the recipe, from 0.
         limit: rows to read; ``config.limit`` by default.
 
     Returns:

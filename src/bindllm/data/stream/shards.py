@@ -56,9 +56,6 @@ class TarSample:
     """The members of a shard that belong together.
 
     Args:
-        shard: where the shard is.
-        key: their common path in the shard.
-        number: index among the samples of the shard, from 0.
         members: contents by the rest of their name after the key and a dot, in lower case: ``{"jpg": ..., ...}``;
             none if there is a problem.
         problem: why the sample cannot be used; empty if it can.
@@ -349,9 +346,6 @@ def is_remote(path: str) -> bool:
 
 class RemoteFile:
     """Reads a file of a web server from start to end; after a broken connection it continues at the same byte.
-
-    Args:
-        url: http(s).
 
     Raises:
         OSError: the server does not have the file, or cannot be reached after several tries.

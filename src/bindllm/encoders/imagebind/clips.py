@@ -59,11 +59,9 @@ def clip_starts(
     warning.
 
     Args:
-        duration: length of the file, in seconds.
         published: number of clips that the published preprocessing takes.
         coverage: "published" or "full".
         max_clips: most clips under "full", at least 1.
-        name: name of the file, for the warning.
 
     Examples:
         >>> [float(start) for start in clip_starts(
@@ -174,7 +172,6 @@ def mel_weights(lowest: float, highest: float, bands: int, size: int) -> np.ndar
     Args:
         lowest: in hertz, where the first triangle begins.
         highest: in hertz, where the last one ends.
-        bands: number of triangles.
         size: samples of the Fourier transform, at `RATE`.
 
     Returns:
@@ -199,7 +196,6 @@ def video_input(source: Source, *, coverage: str, max_clips: int) -> Tensor:
     Args:
         source: path, bytes or array, as `read_frames` takes them.
         coverage: "published": five clips from start to end; "full": clips that cover all of it.
-        max_clips: most clips under "full".
 
     Returns:
         [S * 3, 3, 2, 224, 224] float32, normalized RGB: S clips, the three crops of a clip next to each other.

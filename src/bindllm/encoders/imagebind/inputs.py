@@ -65,7 +65,6 @@ def depth_input(source: Source, *, baseline: float, focal: float) -> Tensor:
     half measured input counts as not measured), then the middle is cut out.
 
     Args:
-        source: a depth map, as for `bindllm.media.maps.open_depth`.
         baseline: distance between the eyes of the depth camera, meters, above 0.
         focal: focal length of the depth camera, pixels of the map as stored, above 0.
 
@@ -133,9 +132,6 @@ def imu_input(source: Source) -> Tensor:
     The whole signal, however long, is resampled to 2000 steps, about ten seconds at Ego4D's 200 readings a second;
     ImageBind was trained on pieces of a few seconds, so cut longer ones first. No loader and no scale were published:
     values are not standardized.
-
-    Args:
-        source: a motion signal, as for `bindllm.media.motion.open_imu`.
 
     Returns:
         [6, 2000], float32: acceleration x y z, then rotation x y z.

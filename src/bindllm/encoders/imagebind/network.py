@@ -291,7 +291,6 @@ class Trunk(nn.Module):
         """Return the tokens of each view without class token, [*grid, D]; those of a text up to its end token.
 
         Args:
-            inputs: B views, as for `forward`.
             tokens: the tokens that it returned, [B, T, D].
         """
         if self.pools_largest_id:
@@ -355,7 +354,6 @@ def cut_views(modality: str, inputs: Sequence[Tensor]) -> tuple[list[Tensor], li
     """Return all views of a batch in order, without copying, and how many each input has.
 
     Args:
-        modality: one of ImageBind's.
         inputs: each one view, or [S, ...] with S views.
 
     Raises:

@@ -43,7 +43,6 @@ def write_tokenizer(packed: bytes, file: Path) -> None:
 
     Args:
         packed: content of their ``bpe_simple_vocab_16e6.txt.gz``.
-        file: the file to write.
 
     Raises:
         AssetError: the list has another digest than `SHA256`.

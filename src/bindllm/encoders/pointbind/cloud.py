@@ -57,7 +57,6 @@ def farthest_points(points: Tensor, count: int, *, dead_zone: float | None = Non
 
     Args:
         points: [B, N, 3].
-        count: how many to pick.
         dead_zone: points with a squared distance to the origin up to this are never picked, point 0 excepted; if
             all points are in it, point 0 is picked every time. None: no dead zone.
 
@@ -120,7 +119,6 @@ def nearest_points(points: Tensor, centers: Tensor, count: int) -> Tensor:
     Args:
         points: [B, N, 3] with N at least ``count``.
         centers: [B, G, 3].
-        count: K.
 
     Returns:
         Indices, int64, [B, G, K].
@@ -159,7 +157,6 @@ def fit_cloud(points: np.ndarray, count: int) -> Tensor:
 
     Args:
         points: [N, 3], float32, finite, N at least 1.
-        count: how many points to return.
 
     Returns:
         [count, 3], float32.

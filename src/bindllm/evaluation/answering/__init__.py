@@ -40,9 +40,6 @@ class Sampling(NamedTuple):
     """Several sampled answers to each question, of which one is kept (self-consistency, arXiv 2203.11171).
 
     Args:
-        count: answers to each question.
-        temperature: temperature of sampling, above 0.
-        seed: seed of sampling.
         choose: returns the position of the kept one among the answers to an item.
     """
 
@@ -76,11 +73,7 @@ def answer_batches(
     """Yield positions and answers to the last question of each item, batch by batch.
 
     Args:
-        model: in eval mode.
-        items: the questions.
-        lookup: returns the embeddings of media groups.
         batch_size: different inputs answered at the same time; None: as many as `default_batch_size` says.
-        max_new_tokens: longest answer.
         sampling: how answers are sampled; None: they are greedy.
         is_done: whether all items at these positions have an answer already; their batch is skipped.
     """

@@ -27,12 +27,8 @@ class AnswerLog:
     """The files of a run.
 
     Args:
-        lines: file with a line for each answer.
-        facts: file with the facts about the run.
-        place: folder or file that errors name.
         subject: key of the facts for the questions that are asked, and the words for it.
         free: settings of the facts that may change between two parts of a run.
-        rank: rank of this process.
     """
 
     lines: Path

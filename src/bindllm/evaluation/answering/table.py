@@ -47,7 +47,6 @@ class TableAnswers(NamedTuple):
     """Counts of a table.
 
     Args:
-        rows: rows of the table.
         errors: rows without an answer, with the reason in their line.
     """
 

@@ -215,10 +215,7 @@ def read_items(
     """Read the items of a benchmark.
 
     Args:
-        benchmark: the benchmark.
         folder: folder, or table, with its published files.
-        prompt: see `Benchmark`.
-        prompts: instead of it, a prompt for each language.
         limit: only this many questions, chosen by the hash of their units; None: all.
         rationales: file with rationales that are added to the questions, by id; a question without one is skipped.
 

@@ -188,7 +188,6 @@ def media_sentence(lines: Mapping[str, Sequence[Line]], metric: Metric) -> str:
 
     Args:
         lines: lines of each variant; controls may have a part of the questions.
-        metric: its main number is compared.
     """
     differ = {}
     for variant, words in (("no_media", "without them"), ("shuffled_media", "with those of other questions")):

@@ -170,7 +170,6 @@ def score_again(lines: Sequence[Line], tokenizer: str) -> list[Line]:
     """Return lines with the CIDEr-D that they have in a set of their own.
 
     Args:
-        lines: a part of an evaluation.
         tokenizer: its tokenizer, ``python`` or ``ptb``.
 
     Raises:
@@ -232,7 +231,6 @@ def spice_scores(pairs: Sequence[tuple[Words, Sequence[Words]]], folder: Path) -
     """Return SPICE (https://arxiv.org/abs/1607.08822) of each caption, 0..1; 0 of one without words.
 
     Args:
-        pairs: words of captions, and of their references.
         folder: with the jars of the parser.
 
     Raises:

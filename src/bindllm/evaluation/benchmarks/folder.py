@@ -106,11 +106,7 @@ def find_evaluations(folder: str | Path) -> dict[str, Evaluation]:
 
 
 class EvaluationFolder(AnswerLog):
-    """Writes an evaluation.
-
-    Args:
-        path: the folder; made if it does not exist.
-    """
+    """Writes an evaluation."""
 
     def __init__(self, path: Path) -> None:
         subject = "benchmark", "the benchmark"

@@ -46,11 +46,6 @@ classification."""
 def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> Dataset:
     """Read a data set.
 
-    Args:
-        name: one of `LAYOUTS`.
-        folder: folder of the data set.
-        choice: the part to evaluate.
-
     Raises:
         InputError: an unknown layout, a choice that the layout does not support, or a folder that does not have this
             layout; names the file and, if there is one, the line.

@@ -80,13 +80,9 @@ class Dataset:
     """A data set; none of its media has been opened yet.
 
     Args:
-        kind: how it is measured.
-        modality: modality of the media.
         items: the media whose file exists.
         num_listed: number of media that the data set lists, missing ones included.
         classes: names of each class, at least one.
-        skipped: skipped media and rows, and why.
-        notes: remarks for the reader of the result.
     """
 
     kind: Kind
@@ -109,8 +105,6 @@ class Dataset:
 
         Args:
             file: its path; None: it does not exist.
-            name: its name in the data set, for the report.
-            labels: indices of its classes.
             targets: media or texts that belong to it; in retrieval, a file without any is listed only.
         """
         # Missing media are listed too, because the report gives their share.
@@ -166,7 +160,6 @@ class Files:
 
     Args:
         folder: folder to search; it is read once, at the first lookup.
-        modality: only files with its suffixes are found.
     """
 
     def __init__(self, folder: Path, modality: str) -> None:
@@ -175,12 +168,7 @@ class Files:
         self._stems: dict[str, str] = {}
 
     def find(self, name: str, *folders: str) -> str | None:
-        """Return the path of a file.
-
-        Args:
-            name: file name with suffix.
-            folders: subfolders to search first.
-        """
+        """Return the path of a file."""
         # Before the index is made, because walking through a large archive takes long.
         for folder in folders:
             if os.path.isfile(file := os.path.join(self._folder, folder, name)):
@@ -208,8 +196,6 @@ class Captions:
     """Collects captions by media, in the order of their rows.
 
     Args:
-        folder: folder with the files of the data set.
-        modality: modality of the media.
         limit: number of captions kept per item; None: all.
 
     Attributes:
@@ -225,13 +211,7 @@ class Captions:
         self._paths: dict[str, str | None] = {}
 
     def add(self, name: str, caption: object, row: str) -> None:
-        """Add one caption.
-
-        Args:
-            name: name of the media in the data set.
-            caption: a text; anything else is skipped and counted.
-            row: its position in the table, for messages.
-        """
+        """Add one caption."""
         # Even without a caption, so that the media are listed.
         captions = self._captions.setdefault(name, [])
         if not isinstance(caption, str) or not caption.strip():
@@ -284,10 +264,8 @@ def require(folder: Path, names: Sequence[str], *, purpose: str, is_folder: bool
     """Return the first of these files or folders that exists.
 
     Args:
-        folder: folder to search.
         names: paths below it, best first.
         purpose: description of the file, for the error.
-        is_folder: search folders instead of files.
 
     Raises:
         InputError: none of them exists; gives the closest existing name.
@@ -343,7 +321,6 @@ def clip_stems(video: str, start: float, end: float | None = None) -> Iterator[s
     """Yield the usual file names of a clip of a video, without suffix, the most specific first.
 
     Args:
-        video: id of the video at YouTube.
         start: start of the clip, in seconds.
         end: end of the clip, in seconds, if it is known.
 
@@ -416,7 +393,6 @@ class Classes:
     """Names of classes by their key, and their indices.
 
     Args:
-        names: names of each class.
         source: the table or folder that they come from, for messages.
     """
 

@@ -76,10 +76,6 @@ class ContextConfig:
 class ContextNetwork(nn.Module):
     """Turns the records of each media group into context tokens.
 
-    Args:
-        config: the settings.
-        output_size: see the attribute.
-
     Attributes:
         config: the settings.
         output_size: ``C``, width of the context tokens: ``D``, and behind it what only keys are made of.
@@ -116,7 +112,6 @@ class ContextNetwork(nn.Module):
             embeddings: unit embeddings of its records, nearest first, [B, M, K, E]; rows of zeros are no records.
             scores: how near they are, see `bindllm.embeddings.datastore.Found`, [B, M, K].
             ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
-            embed: the word embeddings of token ids.
         """
         if embeddings is None:
             if not (self.training and torch.is_grad_enabled()):
@@ -145,7 +140,6 @@ class ContextPerceivers(ContextNetwork):
     Args:
         embedding_size: ``E``, width of the joint space.
         width: ``D``, the decoder's hidden size.
-        config: sizes of the perceivers.
 
     Examples:
         >>> network = ContextPerceivers(16, 64, ContextConfig(latents=4, width=32)).eval()
@@ -215,7 +209,6 @@ class ContextWords(ContextNetwork):
 
     Args:
         width: ``D``, the decoder's hidden size.
-        config: the settings.
         before: whether the word before follows each token, for keys only: a text token finds what followed its own word
             in a record, as induction heads do (Olsson et al., arXiv 2209.11895).
 

@@ -37,8 +37,6 @@ def draw_records(
 
     Args:
         batch: a batch of `bindllm.data.collate.collate`.
-        config: the settings of the context.
-        tokenizer: the decoder's tokenizer.
     """
     if "context_ids" not in batch:
         return dict(batch)

@@ -27,13 +27,7 @@ CONTEXT_INPUTS = ("context_embeddings", "context_scores", "context_ids")
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Makes tensors of records.
-
-    Args:
-        datastore: the records.
-        tokenizer: of the decoder.
-        text_length: tokens of a text that are read (`ContextConfig.text_length`).
-    """
+    """Makes tensors of records."""
 
     datastore: Datastore
     tokenizer: PreTrainedTokenizerBase
@@ -76,7 +70,6 @@ def find_records(
     """Return the records of a request's media as arguments of `BindLLM.generate_from`; empty without any.
 
     Args:
-        model: its context gives the number of records.
         query: unit embedding of each media group, [B, M, E]; None: no media.
         datastore: None: the model's own, False: none.
 
@@ -114,7 +107,6 @@ def read_records(
     """Return the context tokens of each media group, [B, M, C, D], or None without records.
 
     Args:
-        model: with context or without.
         query: unit embedding of each media group, [B, M, E].
         context_embeddings: of its records, nearest first, [B, M, K, E]; zeros are no records.
         context_scores: how near they are, see `Found`, [B, M, K].

@@ -84,8 +84,6 @@ def generate_options(options: dict[str, Any], *, width: int, positions: int | No
     """Return the options of one call of Hugging Face ``generate``.
 
     Args:
-        options: of the caller.
-        width: tokens of the longest prompt.
         positions: tokens that the decoder can read, or None if it has no limit. An answer ends there at the latest.
 
     Raises:
@@ -141,11 +139,6 @@ def as_conversations(
     modalities: Collection[str] = FILE_MODALITIES,
 ) -> list[Conversation]:
     """Pair a prompt with its media, or each of several prompts with its own.
-
-    Args:
-        prompt: one or several.
-        media: the media of each.
-        modalities: modalities that parts of messages may name.
 
     Raises:
         InputError: no prompt, one of another type, another number of media rows than prompts, media that are no
@@ -286,13 +279,8 @@ def prepare_batch(
     """Render prompts and embed their media.
 
     Args:
-        prompt: one or several, as for `as_conversations`.
-        media: the media of each prompt.
-        shots: worked examples, as for `pair_shots`.
         limit: maximum number of tokens of a prompt with its shots, see `few_shot_prompts`.
-        tokenizer: the decoder's tokenizer.
         encode: returns an embedding for each media group, [N, E], and perhaps tokens, [N, n, C].
-        modalities: modalities that parts of messages may name.
 
     Returns:
         ids, mask and media index, each [B, T]; embeddings [B, M, E], or None without media; tokens [B, M, n, C], or
@@ -344,7 +332,6 @@ def decode_answers(ids: Tensor, tokenizer: PreTrainedTokenizerBase, ends: Sequen
 
     Args:
         ids: the generated tokens, [N, A].
-        tokenizer: turns ids into text.
         ends: ids that end an answer. Without one, the answer was cut, maybe inside a character of several tokens; the
             incomplete character is dropped.
     """
@@ -363,7 +350,6 @@ class AnswerText:
     and so is the beginning of a stop string until it is complete or another text.
 
     Args:
-        tokenizer: turns ids into text.
         stop: strings that end the answer; the first of them in the text is cut off.
 
     Attributes:
@@ -460,8 +446,6 @@ def stream_text(
 
     Args:
         generate: called in another thread with ``streamer=`` and ``stopping_criteria=``; returns the ids.
-        tokenizer: turns ids into text.
-        ends: as for `decode_answers`.
 
     Raises:
         any exception of ``generate``, in the reader's thread.

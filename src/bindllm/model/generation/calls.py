@@ -36,10 +36,7 @@ class Call:
     """A call in an answer.
 
     Args:
-        name: of the tool.
-        arguments: a JSON object.
         stop: the character of the text after the call.
-        id: by which the result names the call.
     """
 
     name: str
@@ -53,9 +50,7 @@ class CallForm:
     """How a chat template writes a call: ``start {"name": ..., "arguments": ...} end``.
 
     Args:
-        start: before the object of a call.
         between: between two of them; empty: an answer has one call only.
-        end: after the last one.
         keys: of the object, for the name and for the arguments.
         pieces: of the object: before, between, and after name and arguments.
         has_name_first: whether the arguments follow the name.
@@ -104,7 +99,6 @@ class CallForm:
         """Return the grammar of an answer that may or must call some functions.
 
         Args:
-            functions: those that may be called.
             several: whether it may have several calls, if the template can write them.
             required: whether it is a call; else it is any text, up to the mark of a call, if there is one.
             most: largest number of calls, without line breaks inside: a small model may repeat calls and white space

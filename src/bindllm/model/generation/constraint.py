@@ -48,9 +48,6 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 class Constraint:
     """The tokens that may follow in one answer.
 
-    Args:
-        matcher: of llguidance, at the beginning of the answer.
-
     Attributes:
         error: why the answer cannot be continued; empty if it can.
     """
@@ -86,11 +83,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles grammars for the tokens of a model.
-
-    Args:
-        model: its tokenizer and its end tokens count.
-    """
+    """Compiles grammars for the tokens of a model."""
 
     def __init__(self, model: BindLLM) -> None:
         self._model, self._lock, self._tokenizer = model, threading.Lock(), None

@@ -80,9 +80,6 @@ def append_answers(
 
     Args:
         batch: ids, mask and media index of the prompts, padded on the left, each [B, T].
-        conversations: the same prompts.
-        answers: one for each.
-        tokenizer: the decoder's tokenizer.
     """
     own = []
     for conversation, answer in zip(conversations, answers, strict=True):
@@ -129,13 +126,10 @@ def replace_unsure(
     Without temperature, penalties or other changes of the distribution. Text-only answers stay.
 
     Args:
-        model: the model.
         batch: B prompts, as `BindLLM.prepare` returns them.
         records: further inputs of `BindLLM.forward`.
         answers: ids of the answers, [N, A]; N is a multiple of B.
-        texts: the texts of the N answers.
         least: smallest probability of a token that is not doubtful, 0 to 1.
-        stop: strings that end an answer.
     """
     # An answer listens to the media of its last token: after shots with media, a question may have none.
     about_media = batch[2][:, -1].repeat_interleave(len(answers) // len(batch[2])) >= 0

@@ -56,9 +56,6 @@ def generate_ids(
     """Generate the ids of answers, [N, A]; equal beginnings of all rows, such as the same shots, are computed once.
 
     Args:
-        decoder: with its injection.
-        prompts: the batch.
-        options: of Hugging Face ``generate``.
         bind: returns the keywords of the decoder's forward for a media index and the media by name.
         hold: gives these keywords to all calls of the decoder in a block, see `Injection.holding`.
     """

@@ -64,8 +64,6 @@ class BindContext:
 
         Args:
             bind: [B, M, D] or [B, M, N, D].
-            media_index: [B, T].
-            terms: see the class.
             attends_to_one: whether one bind token is read by attention too.
         """
         route = route_tokens(media_index, bind.shape[1])
@@ -128,9 +126,7 @@ class GenerationState:
         """Return the context of tokens ``past .. past + length``; generated ones keep the last prompt token's group.
 
         Args:
-            batch: rows of this step.
             past: tokens before it; None: unknown, so these are the prompts, or the last of all tokens.
-            length: tokens of this step.
         """
         # Beams and several returned sequences repeat each prompt; cached terms have the old batch size.
         if batch != self.bind.shape[0]:
@@ -231,9 +227,6 @@ class BindAttention:
     ``sum_n softmax_n(scaling * q[t,h] . k_proj(x[n])[h]) * v_proj(x[n])[h]``. The query is the output of ``q_proj``,
     adapter included, before the rotary embedding: bind tokens have no position in the text. Keys and values come from
     the plain projections, without the adapter. A family's norms of queries and keys (Qwen3, Gemma 3, OLMo 2) apply.
-
-    Args:
-        heads: the projections of the layer.
     """
 
     def __init__(self, heads: Heads) -> None:
@@ -249,9 +242,6 @@ class BindAttention:
 
         Args:
             features: output of the query projection, [B, T, C].
-            keys: of `keys_and_values`.
-            values: of `keys_and_values`.
-            masked: of `mask_tokens`.
         """
         query = self._heads.queries(features, keys.shape[2])
         # The heads of a group share their keys, so they become rows of one product: [B, Hkv, T * G, k].

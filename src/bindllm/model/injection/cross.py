@@ -30,8 +30,6 @@ class CrossReader(nn.Module):
     """The queries and keys of all served layers.
 
     Args:
-        num_layers: ``L``.
-        width: ``D``.
         key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only.
         has_sink: whether a further key and value of zeros take attention that no token deserves. So a reader can add
             nothing ("softmax off by one"; the attention sinks of Xiao et al., arXiv 2309.17453).
@@ -57,7 +55,6 @@ class CrossReader(nn.Module):
 
         Args:
             bind: bind tokens, [B, M, N, K].
-            dtype: of the decoder.
         """
         values, rest = bind.flatten(1, 2).float().tensor_split([self.width], -1)
         values = nn.functional.rms_norm(values, (self.width,), eps=_EPS)
@@ -74,10 +71,7 @@ class CrossReader(nn.Module):
         the hidden state, since the residual stream grows from layer to layer.
 
         Args:
-            index: of the layer among those that are served.
             hidden: output of the layer, [B, T, D].
-            keys: of `keys_and_values`.
-            values: of `keys_and_values`.
             gates: of the layer, [R].
             masked: bind tokens that a token does not attend to, [B, 1, T, M * N], or None.
         """

@@ -25,7 +25,6 @@ def probe(decoder: PreTrainedModel, injection: Injection) -> None:
     """Run a decoder with closed and with open gates, and compare logits; without weights it only runs.
 
     Args:
-        decoder: a causal language model.
         injection: the injection of this decoder; its gates are restored.
 
     Raises:

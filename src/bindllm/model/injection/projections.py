@@ -114,8 +114,6 @@ class Heads:
     """The projections of one attention.
 
     Args:
-        attention: the module that holds them.
-        shape: their paths.
         config: the config of the text model, for an attention that does not name the size of its heads.
 
     Attributes:
@@ -197,12 +195,7 @@ class Heads:
 
 
 def find_heads(layer: nn.Module, config: PretrainedConfig) -> Heads | None:
-    """Return the projections of a layer's attention to its own tokens, or None if it has no attention of this kind.
-
-    Args:
-        layer: a layer of the decoder.
-        config: the config of the text model.
-    """
+    """Return the projections of a layer's attention to its own tokens, or None if it has no attention of this kind."""
     parts = dict(layer.named_modules())
 
     def is_projection(path: str) -> bool:

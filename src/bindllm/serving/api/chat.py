@@ -92,10 +92,6 @@ async def stream_chat(
     """Yield the events of an answer; an error becomes the last one.
 
     Args:
-        question: its request and ids.
-        answers: its pieces.
-        neighbors: of the question.
-        first: the first piece, if it is there already.
         usage: whether a last chunk has the numbers of tokens.
     """
     # Id and time are those of the question: clients join chunks by them.

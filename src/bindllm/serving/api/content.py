@@ -44,8 +44,6 @@ class ContentReader:
 
     Args:
         encoders: of the model; media that none of them serves are refused.
-        config: the limits.
-        most_media: media that the request may have.
     """
 
     def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:
@@ -68,9 +66,7 @@ class ContentReader:
         """Return the conversation of OpenAI-style messages, which ends with a question, or the result of a tool.
 
         Args:
-            messages: the messages.
             names: where each is in the request, for errors; None: in ``messages``.
-            tools: that the model may call.
 
         Raises:
             ApiError: a message or a content part that cannot be used, or the last message is not the user's.
@@ -118,10 +114,6 @@ class ContentReader:
 
     def media(self, part: Any, name: str) -> Media:
         """Return the media of one content part or text, for an embedding.
-
-        Args:
-            part: the part.
-            name: where it is in the request, for errors.
 
         Raises:
             ApiError: not media that an encoder of the model serves, a path, a URL that is not allowed, or too many.

@@ -48,11 +48,8 @@ class ApiError(HTTPException):
     """An error with the status and the fields of an answer.
 
     Args:
-        status: HTTP status.
         message: for people: given, expected, next step.
-        param: field of the request that is at fault.
         code: for programs, such as ``model_not_found``.
-        headers: further headers of the answer.
     """
 
     def __init__(

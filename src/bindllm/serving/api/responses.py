@@ -97,9 +97,6 @@ class ResponseWriter:
 
     Args:
         body: the request, whose settings the object repeats.
-        question: its request and ids.
-        answers: its pieces.
-        neighbors: of the question.
     """
 
     def __init__(
@@ -116,11 +113,7 @@ class ResponseWriter:
         return await self._finished()
 
     async def stream(self, first: tuple[int, Piece] | None) -> AsyncIterator[bytes]:
-        """Yield the events of the answer; an error becomes the last one.
-
-        Args:
-            first: the first piece, if it is there already.
-        """
+        """Yield the events of the answer; an error becomes the last one."""
         # A message has one text, and comes before the calls, so all of its events have the same indices.
         part = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         has_begun = False

@@ -35,15 +35,11 @@ class Question:
     """A request that was read.
 
     Args:
-        model: name of the model.
-        request: to the engine.
-        choices: number of answers.
         wants_neighbors: whether the answer names the images of the visual cache.
         prompt_field: field of the body that has the conversation, for errors.
         grammar_field: field of the body that sets the grammar of the answer, for errors.
         tools: that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
-        created: time of the request, in seconds since 1970.
     """
 
     model: str
@@ -94,15 +90,9 @@ def read_question(
 
     Args:
         body: fields that both endpoints share.
-        model: answers it.
-        config: limits, and the name of the model.
-        messages: the conversation.
-        max_tokens: longest answer; None: the default.
         logprobs: number of alternatives for each token; None: no log-probabilities.
         grammar_field: where the format of the answer is in the body.
-        choices: number of answers.
         names: where each message is in the body, as for `ContentReader.conversation`.
-        settings: further fields of the request.
 
     Raises:
         ApiError: a field that cannot be used.

@@ -152,9 +152,7 @@ def answer_grammar(given: dict[str, Any], schema: Any, field: str) -> str | None
     """Return the grammar of a format that a request asks for; None: any text.
 
     Args:
-        given: the format.
         schema: the object with the keys ``name`` and ``schema``; the endpoints have it at different places.
-        field: name of the format, for errors.
 
     Raises:
         ApiError: another type, no schema, or one that is nested too deep.

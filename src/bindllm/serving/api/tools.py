@@ -23,10 +23,8 @@ class Tools:
     """The tools of a request.
 
     Args:
-        tools: as the client describes them.
         required: names of those of which one must be called; empty: the model decides.
         several: whether an answer may have several calls.
-        form: of the calls.
         loose: names of those whose arguments are any JSON object.
     """
 
@@ -52,7 +50,6 @@ def read_tools(
     """Return the tools of a request, or None if it has none or must not use them.
 
     Args:
-        body: the request.
         tokenizer: its chat template writes the calls.
         has_format: whether the answer follows another format.
 
@@ -106,7 +103,6 @@ def tool_message(message: Mapping[str, Any], before: Sequence[Message]) -> Messa
 
     Args:
         message: of the request, with content parts that are texts or media.
-        before: the messages before it.
 
     Raises:
         ApiError: a message that is not in OpenAI's form.
@@ -136,11 +132,7 @@ def for_client(call: Call, index: int | None = None) -> dict[str, Any]:
 
 
 class CallReader:
-    """Separates the text of an answer from its calls while it arrives.
-
-    Args:
-        tools: of the request.
-    """
+    """Separates the text of an answer from its calls while it arrives."""
 
     def __init__(self, tools: Tools) -> None:
         self._form, self._several = tools.form, tools.several

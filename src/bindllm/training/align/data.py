@@ -122,10 +122,6 @@ class PairReport:
 def read_pairs(source: PairSource, skipped: Skipped) -> list[Pair]:
     """Return the pairs of a source, in its order.
 
-    Args:
-        source: the source in the recipe.
-        skipped: counts skipped rows.
-
     Raises:
         InputError: the source is missing, is not a table, or has none of the columns.
     """

@@ -196,12 +196,7 @@ class AlignModule(LightningModule):
 
     @torch.no_grad()
     def measure(self, data: AlignData, split: str) -> dict[str, Any] | None:
-        """Return loss, retrieval in both directions and the mean similarity of pairs; None without pairs.
-
-        Args:
-            data: the data of the run.
-            split: name of the split.
-        """
+        """Return loss, retrieval in both directions and the mean similarity of pairs; None without pairs."""
         pairs = data.pairs(split)
         if not len(pairs.links):
             return None
@@ -374,13 +369,6 @@ def save_aligned(
     folder: str | Path, model: AlignModule, data: AlignData, *, metrics: Mapping[str, Any], recipe: str
 ) -> None:
     """Write a trained model as the folder of an aligned encoder, atomically.
-
-    Args:
-        folder: path of the folder.
-        model: the model with its best weights.
-        data: the data of the run.
-        metrics: metrics of the run.
-        recipe: the resolved recipe.
 
     Raises:
         InputError: the folder holds something else.
