@@ -55,11 +55,6 @@ def chat(
 
     Args:
         checkpoint: folder that bindllm fit wrote
-        examples: worked examples
-        decoding: how answers are found
-        model: decoder and further encoders
-        cache: the visual cache that embeddings are blended with
-        overrides: arguments of the further encoder
 
     Example:
         bindllm chat checkpoints/scenes --temperature 0.7

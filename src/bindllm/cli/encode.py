@@ -52,7 +52,6 @@ def encode(
         encoders: the encoders (default: ImageBind in checkpoints/imagebind)
         softmax: also print, for each pair of modalities, the softmax over each row of this factor (100 if none is
             given) times the cosines
-        overrides: arguments of the encoder
 
     Example:
         bindllm encode dog.jpg car.jpg bark.wav --text "a dog" --text "a car" --softmax

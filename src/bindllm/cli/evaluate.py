@@ -101,9 +101,6 @@ def evaluate(
             files. With several benchmarks it has a subfolder for each
         checkpoint: folder that bindllm fit wrote
         root: the folder of the files, if it is not the last word
-        measuring: options of the evaluation
-        model: decoder and further encoders
-        overrides: arguments of the further encoder
 
     Example:
         bindllm evaluate pope mme benchmarks --checkpoint checkpoints/7b --limit 500

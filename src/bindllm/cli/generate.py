@@ -329,13 +329,6 @@ def generate(
     Args:
         checkpoint: folder that bindllm fit wrote
         prompt: the question; with a table, that of rows which have media and no question
-        media: files that the question is about
-        table: questions, and where the answers go
-        examples: worked examples
-        decoding: how the answer is found
-        model: decoder and further encoders
-        cache: the visual cache that embeddings are blended with
-        overrides: arguments of the further encoder
 
     Example:
         bindllm generate checkpoints/scenes "Describe this image." --image cat.png

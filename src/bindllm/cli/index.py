@@ -71,8 +71,6 @@ def index(
     Args:
         output: folder of the index
         encoders: the encoder of the images (default: that of --name_in)
-        options: the images to index, and the kind of index
-        overrides: arguments of the encoder
 
     Example:
         bindllm index caches/openmoji --name_in checkpoints/openmoji
@@ -192,9 +190,6 @@ def datastore(
     Args:
         output: folder of the datastore; an earlier datastore there is replaced
         table: table of rows, or a folder, as the path of a data source
-        encoders: the encoders of the model that will read the records
-        options: rows and store
-        overrides: arguments of the encoder
 
     Example:
         bindllm datastore datastores/birds data/birds --checkpoint checkpoints/context

@@ -65,13 +65,6 @@ def serve(
     Args:
         checkpoint: folder that bindllm fit wrote
         name: name of the model in the API (default: that of the folder)
-        access: who can connect
-        limits: limits of the server
-        media_: limits on decoded media
-        download_: media URLs
-        cache: the visual cache
-        model: the model
-        overrides: arguments of the encoder
 
     Example:
         bindllm serve checkpoints/scenes

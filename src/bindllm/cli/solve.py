@@ -59,11 +59,6 @@ def solve(
         checkpoint: folder that bindllm fit wrote; or the FILE.jsonl of a trace, to show it again without a model
         question: may name the media by their handles: image1, image2, audio1, ...
         trace: file for the trace, .html, .jsonl or .txt; may be repeated
-        media: files that the question is about
-        brain: what plans, and further tools
-        budget_: limits
-        model: decoder and further encoders
-        overrides: arguments of the further encoder
 
     Example:
         bindllm solve checkpoints/openmoji "What is the difference?" --image a.png --image b.png --trace trace.html

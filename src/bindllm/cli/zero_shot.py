@@ -206,10 +206,6 @@ def few_shot(
     Args:
         checkpoint: folder that bindllm fit wrote
         table: table with the held-out questions, as a data source of a recipe
-        tables: where questions and shots come from
-        shots: which shots a question gets
-        model: decoder and further encoders
-        overrides: arguments of the further encoder
 
     Example:
         bindllm few_shot checkpoints/easyvqa data/easyvqa/test.jsonl --support data/easyvqa/train.jsonl --limit 200
@@ -338,11 +334,6 @@ def zero_shot(
     Args:
         layout: how the data set is stored: one of the list above
         folder: folder of the data set
-        encoders: the encoders
-        data: part of the data set
-        measuring: prompts, store and result
-        cache: visual cache to blend every query with
-        overrides: arguments of the encoder
 
     Example:
         bindllm zero_shot esc50 data/ESC-50-master --encoder checkpoints/imagebind

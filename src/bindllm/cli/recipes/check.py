@@ -61,8 +61,6 @@ def check(
         folder: a checkpoint folder
         encoder: import path of a class, or folder of an encoder. Arguments of its constructor are given as
             --encoder.NAME VALUE
-        recipe_options: how a recipe is checked
-        encoder_options: how an encoder or a checkpoint is checked
         overrides: keys of the recipe, or arguments of the encoder
 
     Example:

@@ -31,8 +31,6 @@ def fit_map(
         images: folder of images, including its subfolders
         store: folder of the embedding store
         revision: commit of a pipeline on the hub
-        encoders: the encoder, which serves images
-        overrides: arguments of the encoder
 
     Example:
         bindllm fit_map maps/lite checkpoints/stable-unclip --images photos --encoder checkpoints/efficientnet-lite0

@@ -58,10 +58,6 @@ def imagine(
         overwrite: replace files that exist
         weight: share of a file, in the order of the files; may be repeated (default: equal shares)
         encoders: the encoders (default: ImageBind in checkpoints/imagebind)
-        drawing: how the image is drawn
-        options: the pipeline
-        cache: visual cache that the embedding is blended with
-        overrides: arguments of the encoder
 
     Example:
         bindllm imagine checkpoints/stable-unclip rain.wav street.jpg --weight 2 --weight 1 --output rain.png
