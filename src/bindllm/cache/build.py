@@ -30,7 +30,6 @@ class BuiltIndex:
     """An index in a folder.
 
     Attributes:
-        index: The index.
         change: What was done, such as "updated: 5 added, 0 removed".
         hints: Sentences about images that are not in it, and about a kind of index that fits better.
     """

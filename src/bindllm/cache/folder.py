@@ -57,14 +57,11 @@ class IndexInfo:
 
     Attributes:
         fingerprint: Of the encoder that made the vectors, in hex.
-        count: Number of vectors.
-        embedding_size: E.
         factory: Kind of index as in Faiss's ``index_factory``; "" if unknown.
         search: Settings of Faiss's ``ParameterSpace``, such as ``"nprobe=32"``.
         modality: Of the media that were embedded.
         store: Where the vectors came from; None if unknown.
         file: Name of the Faiss file; "" for an index without a folder.
-        num_bytes: Size of the Faiss file.
         sha256: Over the keys and then the Faiss file, in hex.
     """
 

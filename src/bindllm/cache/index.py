@@ -49,13 +49,7 @@ VERIFY_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class IndexChange:
-    """The result of a change to an index.
-
-    Attributes:
-        added: Number of vectors that are new.
-        removed: Number of vectors that are gone.
-        count: Number of vectors now.
-    """
+    """The result of a change to an index."""
 
     added: int
     removed: int

@@ -41,7 +41,6 @@ class Written:
     """The result of `write_model_card`.
 
     Attributes:
-        files: the files that were written.
         warnings: sentences about licenses, and results that no leaderboard can show.
         not_measured: the checks without a measurement, as in the card.
     """

@@ -88,10 +88,6 @@ class Shape:
     """Sizes of the model, read from the tensors of an adapter file.
 
     Attributes:
-        embedding_size: embedding size E of the encoder.
-        width: width D of the decoder.
-        num_layers: number of layers L of the decoder.
-        num_heads: number of attention heads H of the decoder.
         served: number of layers, counted from the last, that have a query.
         depth: number of residual blocks of the bind network.
         expansion: inner width of the blocks divided by the decoder's width.
@@ -122,11 +118,9 @@ class Adapted:
     """A published adapter in our terms.
 
     Attributes:
-        shape: sizes of the model.
         tensors: all trained tensors by our names.
         base: the decoder's own tensors in the file by Hugging Face's names, for comparison: always the norms, in a
             training checkpoint all of them.
-        report: the outcome for every tensor.
     """
 
     shape: Shape

@@ -45,12 +45,6 @@ class AnswerRow:
         references: the true answers, each once.
         type: type of the question; empty if the row has none.
         media: path of the media that the question is about, or name of the row that contains them.
-        modality: their modality.
-        model: greedy answer of the model.
-        right: whether the model's answer is right.
-        no_media: answer of the same model without the media.
-        shuffled_media: answer of the same model with other media.
-        majority_answer: the most frequent training answer.
         subset: part of the held-out rows that it belongs to; empty if the row has none.
         language: its language; empty if the row has none.
     """

@@ -51,16 +51,9 @@ class CaptionRow:
 
     Attributes:
         media: path of the media, or name of the row that contains them.
-        modality: modality of the media.
-        references: the true captions.
-        model: greedy caption of the model.
         exact: whether the model's caption has exactly the words of a reference.
-        no_media: caption of the same model without the media.
-        shuffled_media: caption of the same model for other media.
-        nearest_caption: caption of the nearest training media.
         nearest_exact: whether that caption has exactly the words of a reference.
         nearest_media: path or row of the nearest training media.
-        nearest_modality: their modality.
         nearest_similarity: cosine of the two embeddings, -1..1.
         subset: part of the held-out rows that it belongs to; empty if the row has none.
         language: its language; empty if the row has none.

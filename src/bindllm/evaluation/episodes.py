@@ -35,11 +35,6 @@ class EpisodeRow:
         names: the names of all classes of the episode.
         subset: number of shots.
         media: path of the query.
-        modality: its modality.
-        model: greedy answer of the model.
-        right: whether the model's answer is right.
-        no_media: answer of the same model without any media.
-        shuffled_media: answer of the same model with other media.
         blank_support: answer of the same model without the media of the shots.
         shuffled_support: answer of the same model if the media of the shots are exchanged among all shots.
         wrong_support: answer of the same model if the names of the shots are exchanged between the classes.

@@ -59,7 +59,6 @@ class FewShotData:
     """Held-out questions and the support that their shots are chosen from, tokenized and embedded.
 
     Attributes:
-        questions: the questions.
         train: samples of the support, for the baselines of the task.
         support: chooses the shots.
         embeddings: of all media.

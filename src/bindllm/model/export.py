@@ -56,8 +56,6 @@ class Export:
     """Result of an export.
 
     Attributes:
-        folder: the plain Hugging Face folder.
-        dtype: its precision.
         num_merged: number of projections that an adapter was merged into.
         num_replaced: number of the decoder's norms that were replaced by tuned ones.
         quantized: how the decoder was quantized in training, or None.

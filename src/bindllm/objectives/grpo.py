@@ -40,7 +40,6 @@ class Rollout:
         batch: inputs of the model, R rows.
         advantages: advantage of each answer within its group, [R].
         reference: log-probabilities of the tokens under the initial model, [N]; None if ``beta`` is 0.
-        metrics: values to log about the answers.
         old: log-probabilities of the tokens when they were sampled, [N]; set at the first use.
         uses: number of steps that have used the answers.
     """

@@ -61,7 +61,6 @@ class Endpoints:
 
     Attributes:
         draining: set before the server ends; then no new request is served.
-        metrics: numbers of the server.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:

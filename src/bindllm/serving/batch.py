@@ -72,7 +72,6 @@ class SlotCache(Cache):
     the last one in use, and columns on both sides of those in use, are spare.
 
     Attributes:
-        lengths: tokens of each row.
         start: first column in use.
         end: column of the next token.
     """

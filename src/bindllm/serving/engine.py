@@ -54,8 +54,6 @@ class Counters:
 
     Attributes:
         finished: requests by their end: ``stop``, ``length``, ``timeout``, ``cancelled``, ``error``.
-        prompt_tokens: tokens of prompts that were read.
-        answer_tokens: tokens that were generated.
         steps: decoding steps; ``answer_tokens`` over this is the average batch.
     """
 
@@ -83,7 +81,6 @@ class Engine:
         DecoderError: the engine cannot serve this family of decoders.
 
     Attributes:
-        counters: totals since the start.
         limits: decoded sizes of the media of one request.
         recent: embeddings of the media that were used last.
 

@@ -19,14 +19,6 @@ class Metrics:
 
     Args:
         engine: its queue and its batch are read when the numbers are asked for.
-
-    Attributes:
-        requests: answers by route and status.
-        seconds: time of a request by route.
-        first_token: time from submission to the first token.
-        token_interval: time between the tokens of an answer.
-        tokens: tokens of prompts and of answers.
-        answer_tokens: those of answers.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -109,7 +109,6 @@ class TokenLogprob:
     """The log-probability of a token, before temperature and ``top_p``.
 
     Attributes:
-        token: its text.
         logprob: natural logarithm.
         top: the most likely tokens in its place, the first one first.
     """
@@ -218,12 +217,10 @@ class Prompt:
     """The prompt of a request in the engine; its choices share it, so it is prepared once and read once.
 
     Attributes:
-        request: the request.
         is_taken: whether a thread prepares it, or has.
         input: its tensors, once it is prepared.
         constraint: on the answer, at its beginning; None: any text.
         error: why it cannot be answered.
-        warnings: about its media.
         read: after it was read, while choices wait for a slot: the prompts that were read together, and its index.
         is_alone: whether it must not be read together with others.
     """
@@ -276,10 +273,6 @@ class Row:
     """A running request.
 
     Attributes:
-        ticket: the request.
-        last_token: the newest token.
-        text: of the answer.
-        sampling: how its tokens are chosen.
         num_left: tokens that may follow.
         num_tokens: tokens since the last piece.
         logprobs: of these tokens.

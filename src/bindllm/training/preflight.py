@@ -87,9 +87,6 @@ class CheckedParts:
 
     Attributes:
         parts: the dataclasses of the model by name.
-        encoders: the encoders, in their order.
-        sources: the data sources.
-        read: the rows of the sources.
         tokenizer: the decoder's tokenizer, or None.
         is_whole: no part is missing.
     """

@@ -178,7 +178,6 @@ class RecipeCLI(LightningCLI):
         build: False only reads the recipe.
 
     Attributes:
-        config: the resolved recipe.
         model: a `BindModule`, its decoder not loaded yet.
         datamodule: a `BindData`, with the model's tokenizer and encoders.
 

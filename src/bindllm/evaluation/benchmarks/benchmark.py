@@ -168,8 +168,6 @@ class Items:
     """The items of a benchmark, and the questions that cannot be asked.
 
     Attributes:
-        items: the items.
-        skipped: questions that cannot be asked, and why.
         num_total: questions of the benchmark.
         num_listed: those of them that were chosen by a limit.
         duplicates: ids that occurred before; ``#2`` was appended to the second one.

@@ -224,12 +224,10 @@ class Comparison:
     """A comparison of two evaluations.
 
     Attributes:
-        benchmark: name of the benchmark.
         a, b: numbers of each evaluation, on the questions of both.
         difference: B minus A with interval and ``p``, see `differences`.
         won: lines of A and of B in which B scores higher, the largest difference first.
         lost: the same in which B scores lower.
-        count: questions of both.
         notes: settings that differ, and questions of one side only.
     """
 

@@ -77,7 +77,6 @@ class ContextNetwork(nn.Module):
     """Turns the records of each media group into context tokens.
 
     Attributes:
-        config: the settings.
         output_size: ``C``, width of the context tokens: ``D``, and behind it what only keys are made of.
     """
 

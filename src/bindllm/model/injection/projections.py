@@ -59,9 +59,6 @@ class Shape:
 
     Attributes:
         output: the output projection, which mixes the heads.
-        query: the projection that makes queries.
-        key: the projection that makes keys.
-        value: the projection that makes values.
         split: takes queries, keys or values [..., heads, size] out of the features of their projection.
     """
 
