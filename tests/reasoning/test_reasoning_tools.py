@@ -41,7 +41,7 @@ def test_a_typed_function_is_one_record_for_all_forms():
     assert properties["thing"] == {"type": "string", "description": "its name, in one word"}
     assert properties["side"] == {"enum": ["left", "right"]}
     assert function["parameters"]["required"] == ["image", "thing"]
-    assert find.for_mcp()["inputSchema"]["properties"]["image"] == {
+    assert find.parameters["properties"]["image"] == {
         "type": "string",
         "description": "to search",
     }

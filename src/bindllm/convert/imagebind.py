@@ -52,10 +52,6 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten()
 
 
-def _table(tensor: Tensor) -> Tensor:
-    return tensor.squeeze(0)
-
-
 def _rules() -> tuple[Rule, ...]:
     """Return the table; the first regex group of every pattern is the trunk."""
     start, inputs, trunk, head = "(?:bind[.])?", "modality_preprocessors", "modality_trunks", "modality_heads"
@@ -73,7 +69,7 @@ def _rules() -> tuple[Rule, ...]:
         Rule(
             rf"{start}{inputs}[.](\w+)[.](?:pos_embedding_helper[.])?pos_embed",
             r"\1.stem.positions",
-            change=_table,
+            change=lambda tensor: tensor.squeeze(0),
         ),
         Rule(
             rf"{start}{inputs}[.](\w+)[.](?:rgbt|depth|imu)_stem[.]proj[.](?:1[.])?weight", r"\1.stem.weight"

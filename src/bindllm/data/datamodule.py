@@ -326,6 +326,7 @@ class BindData(LightningDataModule):
         trainer = self.trainer
         if trainer is not None:
             self._check_steps()
+            progress = trainer.fit_loop.epoch_loop.batch_progress
         self._streaming = StreamLoader(
             self.sources,
             tokenizer=self.tokenizer,
@@ -333,7 +334,7 @@ class BindData(LightningDataModule):
             options=StreamOptions(self.batch_size, self.max_length, self.seed, self.chunk),
             # A stream has no end; to Lightning, all batches of the run are one epoch.
             length=sys.maxsize if trainer is None else trainer.max_steps * trainer.accumulate_grad_batches,
-            position=None if trainer is None else self._batches_done,
+            position=None if trainer is None else lambda: progress.total.completed,
             context=RunContext.of_trainer(trainer),
             token_modalities=self.token_modalities,
         )
@@ -411,7 +412,3 @@ class BindData(LightningDataModule):
         if self.trainer is None:
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def _batches_done(self) -> int:
-        """Return the number of completed batches of the whole run."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed

@@ -153,7 +153,7 @@ def make_sample(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         # A part of a name is a wrong answer, and the shots without their query teach made-up names.
         raise InputError(f"an episode longer than max_length={max_length} tokens")
     # If an answer was dropped, the question that the references answer is gone.
-    whole = sample.num_answers == (1 if last_only else _num_answers(row.conversation))
+    whole = sample.num_answers == (1 if last_only else sum(map(_is_learned, row.conversation.messages)))
     rejected = None
     if row.rejected is not None:
         rejected = tokenize(row.rejected, tokenizer, max_length, last_only=True)
@@ -266,10 +266,6 @@ def _cut(rendered: Rendered, answers: list[tuple[int, int]], max_length: int) ->
             f"the prompt leaves no room for an answer in max_length={max_length} tokens; shorten it or raise max_length"
         )
     return ids[:length]
-
-
-def _num_answers(conversation: Conversation) -> int:
-    return sum(map(_is_learned, conversation.messages))
 
 
 def _check_answers(conversation: Conversation, *, last_only: bool) -> None:

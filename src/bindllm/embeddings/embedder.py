@@ -172,7 +172,9 @@ class Embedder:
                 continue
             batch = waiting[item.modality]
             batch.append(item)
-            if self._is_full(batch):
+            # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
+            size = (len(batch) + 1) * max(one.inputs.nbytes for one in batch)
+            if len(batch) >= self.batch_size or size > PREPARED_BYTES // 2:
                 yield from self._embed_batch(waiting.pop(item.modality))
         for batch in waiting.values():
             yield from self._embed_batch(batch)
@@ -207,11 +209,6 @@ class Embedder:
             # No size is known yet; two are enough to keep reading.
             return 2
         return min(self.threads + self.batch_size, max(1, PREPARED_BYTES // 2 // self._largest))
-
-    def _is_full(self, batch: list[EmbeddingResult]) -> bool:
-        # Whether one more media, as large as the largest here, would exceed the limit: sizes decide, never timing.
-        size = (len(batch) + 1) * max(item.inputs.nbytes for item in batch)
-        return len(batch) >= self.batch_size or size > PREPARED_BYTES // 2
 
     def _embed_batch(self, batch: list[EmbeddingResult]) -> Iterator[EmbeddingResult]:
         """Embed media of one modality, and report those that fail or whose embedding is not finite."""

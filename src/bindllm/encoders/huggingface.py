@@ -183,7 +183,8 @@ class HuggingFace:
         """
         match self._served(media.modality):
             case "image":
-                return self._prepare_image(media)
+                image = open_image(media.source, size=None)
+                return self._pixels(image, media, self._processor("image"))
             case "text":
                 return self._prepare_text(media)
             case "video":
@@ -263,9 +264,6 @@ class HuggingFace:
             if modality not in self._processors:
                 self._processors[modality] = load_processor(self._folder, modality)
         return self._processors[modality]
-
-    def _prepare_image(self, media: Media) -> Tensor:
-        return self._pixels(open_image(media.source, size=None), media, self._processor("image"))
 
     def _prepare_video(self, media: Media) -> Tensor:
         wanted, processor = self._spec.frames, self._processor("video")

@@ -132,7 +132,8 @@ class McpTools:
         texts = "\n".join(filter(None, map(_words, result.content)))
         if result.is_error:
             raise McpError(texts or "the tool failed without a word")
-        media = [_media(part) for part in result.content if part.type in ("image", "audio")]
+        shown = [part for part in result.content if part.type in ("image", "audio")]
+        media = [Media(part.type, base64.b64decode(part.data, validate=True)) for part in shown]
         if len(media) > 1 or (media and texts):
             raise McpError(
                 f"the tool returned {len(media)} media, and {len(texts)} characters; expected one of them"
@@ -153,10 +154,6 @@ def _words(part: Any) -> str | None:
     if not isinstance(text, str):
         raise McpError(f"the tool returned a {part.type}, expected text, an image or audio")
     return text
-
-
-def _media(part: Any) -> Media:
-    return Media(part.type, base64.b64decode(part.data, validate=True))
 
 
 def _innermost(error: BaseException) -> str:

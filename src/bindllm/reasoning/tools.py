@@ -93,14 +93,6 @@ class Tool:
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
-    def for_mcp(self) -> dict[str, Any]:
-        """Return the tool as MCP describes it; its names may be longer and have dots, so this one is valid there."""
-        return {
-            "name": self.name,
-            "description": self.description,
-            "inputSchema": dict(self.parameters),
-        }
-
     def _offered(self, name: str, schema: Any, handles: Mapping[str, Media]) -> Any:
         if name in self.media:
             names = [*self._fitting(name, handles), REFERENCE]

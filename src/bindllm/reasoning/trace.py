@@ -11,13 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from bindllm.atomic import atomic_file
 from bindllm.errors import BindLLMError, InputError, did_you_mean, printable
 from bindllm.media import Media
 from bindllm.reasoning.brain import Reply
-from bindllm.report.page import brief, thumbnail
+from bindllm.report.page import brief, page_templates, thumbnail
 
 Event = Mapping[str, Any]
 
@@ -92,14 +90,9 @@ class Trace:
 
     def page(self) -> str:
         """Return the trace as a page, which loads nothing and runs nothing."""
-        page = Environment(
-            loader=PackageLoader("bindllm.report"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        page.filters |= {"brief": brief, "arguments": show_arguments, "image": _image}
+        # An overlay: the reports keep their own filters.
+        page = page_templates().overlay()
+        page.filters = {**page.filters, "arguments": show_arguments, "image": _image}
         results = {event["number"]: event for event in self.events if event["kind"] == "result"}
         return page.get_template("trace.html.j2").render(events=self.events, results=results)
 

@@ -250,7 +250,8 @@ class Engine:
                     self._drop_ended()
                     self._read()
                     if self._rows:
-                        self._step()
+                        self.counters.steps += 1
+                        self._emit(self._batch.step([row.last_token for row in self._rows]), 0)
                 except Exception as error:
                     # Nothing is known about the cache after a failed step, so all of its rows end.
                     self._fail_rows(error)
@@ -350,10 +351,6 @@ class Engine:
         self._batch.join(prompts, chosen)
         self._rows += [Row(ticket, self.model) for ticket in tickets]
         self._emit(prompts.logits[chosen], first)
-
-    def _step(self) -> None:
-        self.counters.steps += 1
-        self._emit(self._batch.step([row.last_token for row in self._rows]), 0)
 
     def _emit(self, logits: Tensor, first: int) -> None:
         """Choose the next token of rows ``first ..``, [R, V], and pass on the text that is certain."""

@@ -29,7 +29,7 @@ from bindllm.atomic import read_recipe
 from bindllm.cli import COMMANDS
 from bindllm.cli.arguments import plain_message
 from bindllm.data.datamodule import BindData
-from bindllm.errors import BindLLMError, InputError, UsageError, did_you_mean, own_cause
+from bindllm.errors import InputError, UsageError, did_you_mean, own_cause
 from bindllm.imports import classes_in, name_module, strings_in
 from bindllm.training.module import BindModule
 from bindllm.training.preflight import Problems
@@ -259,7 +259,9 @@ class RecipeCLI(LightningCLI):
             built = self.parser.instantiate(self.config)
         # A part refuses its arguments, or its package is not installed, as wandb for its logger.
         except (ValueError, ImportError, MisconfigurationException) as error:
-            raise _error_of_part(error) from error
+            # jsonargparse wraps the error of a part that may also be null.
+            cause = own_cause(error) or InputError(f"the recipe cannot be used: {plain_message(str(error))}")
+            raise cause from error
         self.model, self.datamodule, self.trainer_options = built.model, built.data, dict(built.trainer)
 
     def make_trainer(self, *, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
@@ -318,12 +320,6 @@ def _require_recipe(command: str, args: Sequence[str]) -> None:
         raise UsageError(
             f"{args[0]!r} has no option before it. {GIVE_RECIPE}: bindllm {command} --config {args[0]}"
         )
-
-
-def _error_of_part(error: Exception) -> BindLLMError:
-    """Return the error of a part about its arguments; jsonargparse wraps it if the part may also be null."""
-    cause = own_cause(error)
-    return InputError(f"the recipe cannot be used: {plain_message(str(error))}") if cause is None else cause
 
 
 @contextmanager

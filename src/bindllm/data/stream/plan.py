@@ -121,7 +121,9 @@ class ShardStream:
                         yield sample, position
                 except ShardError as error:
                     bad.append(str(error))
-                    self._warn(shards[number], error)
+                    if shards[number] not in self._warned:
+                        self._warned.add(shards[number])
+                        logger.warning("%s; the stream continues with the next shard", error)
                 # The shards of a process differ from pass to pass: it gives up once it has tried all of them.
                 if len(empty) == len(self.shards):
                     raise InputError(
@@ -129,11 +131,6 @@ class ShardStream:
                         f"for example: {(bad or list(empty.values()))[-1]}"
                     )
             position = replace(position, pass_index=position.pass_index + 1, shard=0, sample=0)
-
-    def _warn(self, shard: str, error: ShardError) -> None:
-        if shard not in self._warned:
-            self._warned.add(shard)
-            logger.warning("%s; the stream continues with the next shard", error)
 
 
 class Mixture:

@@ -24,19 +24,8 @@ LEVEL = 95
 """Percent of the resamples inside an interval."""
 
 _SCORING = (
-    *(
-        "parser",
-        "unparsed",
-        "tokenizer",
-        "prompt",
-        "prompts",
-        "choose",
-        "max_new_tokens",
-        "samples",
-        "temperature",
-        "seed",
-    ),
-    "rationales",
+    *("parser", "unparsed", "tokenizer", "prompt", "prompts", "choose"),
+    *("max_new_tokens", "samples", "temperature", "seed", "rationales"),
 )
 """Settings that change scores; a difference may come from them, and not from the models."""
 
@@ -244,7 +233,11 @@ class Comparison:
         """Return everything as JSON-able values; of the questions only the changed ones, with both answers."""
         changed = {
             name: [
-                {**x, "answer": {"a": x["answer"], "b": y["answer"]}, "score": _scores(x, y)}
+                {
+                    **x,
+                    "answer": {"a": x["answer"], "b": y["answer"]},
+                    "score": {"a": x["score"], "b": y["score"]},
+                }
                 for x, y in pairs
             ]
             for name, pairs in (("won", self.won), ("lost", self.lost))
@@ -283,7 +276,8 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
             f"{y['target']!r}"
         )
     # A unit with a part of its questions would be scored as if it were whole.
-    cut = {line["unit"] for evaluation in (a, b) for line in _others(evaluation, pairs)}
+    both = {x["id"] for x, _ in pairs}
+    cut = {line["unit"] for one in (a, b) for line in one.lines[MODEL] if line["id"] not in both}
     pairs = [(x, y) for x, y in pairs if x["unit"] not in cut]
     if not pairs:
         raise InputError(f"{a.folder} and {b.folder} have no question in common; use the same limit")
@@ -325,17 +319,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     )
 
 
-def _others(evaluation: Evaluation, pairs: Sequence[tuple[Line, Line]]) -> list[Line]:
-    """Return the lines of an evaluation that are in no pair."""
-    paired = {x["id"] for x, _ in pairs}
-    return [line for line in evaluation.lines[MODEL] if line["id"] not in paired]
-
-
 def _count_text(pairs: Sequence[tuple[Line, Line]], key: str, words: str) -> list[str]:
     """Return a note if questions of the same id differ, as the published files of one side were changed."""
     count = sum(x.get(key) != y.get(key) for x, y in pairs)
     return [f"{count:,} questions {words} on the other side"] if count else []
-
-
-def _scores(a: Line, b: Line) -> dict[str, float]:
-    return {"a": a["score"], "b": b["score"]}
