@@ -227,7 +227,36 @@ class Raises(ColorEncoder):
         raise RuntimeError("out of luck")
 
 
+class PreparesNothing(ColorEncoder):
+    def prepare(self, media):
+        super().prepare(media)
+
+
+class EmbedsNothing(ColorEncoder):
+    def embed(self, modality, inputs):
+        super().embed(modality, inputs)
+
+
+class NoFingerprint(ColorEncoder):
+    def fingerprint(self):
+        super().fingerprint()
+
+
+class OnTheMetaDevice(ColorEncoder):
+    def embed(self, modality, inputs):
+        return super().embed(modality, inputs).to("meta")
+
+
+class MethodAsValue(ColorEncoder):
+    to = "cpu"
+
+
 BROKEN = {
+    PreparesNothing: r"prepare\(\) of <array \[224, 224, 3\] uint8> gave None",
+    EmbedsNothing: r"embed\(\) gave None",
+    NoFingerprint: r"fingerprint\(\) gave None",
+    OnTheMetaDevice: "embeddings on the meta device have no values",
+    MethodAsValue: "to must be a method",
     NotNormalized: r"must have norm 1, not 2 to 2; return torch\.nn\.functional\.normalize",
     RandomPrepare: r"prepare\(\) gives other bits a second time",
     PreparesAnotherShape: r"prepare\(\) must return a CPU tensor without gradient, not <class 'list'>",
@@ -246,7 +275,7 @@ BROKEN = {
     FingerprintOfTheInstance: r"rebuilt from config, its fingerprint\(\) is another",
     FingerprintChangesWithUse: r"fingerprint\(\) changed after embed\(\)",
     FingerprintNotHex: "must be 16 or more lower-case hex digits, not 'version one of mine'",
-    WrongConfig: r"type\(encoder\)\(\*\*encoder.config\) raised TypeError",
+    WrongConfig: r"config must be keywords of the constructor, not \{'size': 16\}: got an unexpected keyword",
     ForgetfulConfig: "rebuilt from config, its embedding_size is",
     ConfigWithATuple: "config must be a dict that JSON gives back unchanged",
     UnknownModality: r"imge: at least two different samples .* examples\(\) .* Did you mean 'image'\?",

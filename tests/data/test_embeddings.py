@@ -125,8 +125,8 @@ def test_encoders_must_share_one_size(tmp_path):
 
 def test_an_encoder_that_fails_gives_the_accelerator_back(tmp_path, pictures):
     class Failing(ColorEncoder):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, **config):
+            super().__init__(**config)
             self.places = []
 
         def to(self, device):

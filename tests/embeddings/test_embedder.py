@@ -75,7 +75,7 @@ def test_batches_depend_on_sizes_only(monkeypatch):
 
         def embed(self, modality, inputs):
             self.batches.append([len(item) for item in inputs])
-            return torch.ones(len(inputs), 1)
+            return torch.nn.functional.normalize(torch.ones(len(inputs), 16), dim=-1)
 
     monkeypatch.setattr(embedder_module, "PREPARED_BYTES", 200)
     found = []
@@ -115,6 +115,85 @@ def test_embeddings_that_are_not_finite_are_reported_or_raised(tmp_path):
     assert results[1].error == f"{media[1].name}: its embedding is not finite"
     with pytest.raises(MediaError, match=r"001\.png: its embedding is not finite"):
         embed_groups([media], [NotFinite()], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        (lambda rows: rows.numpy(), "ndarray"),
+        (lambda rows: (rows, None), "tuple"),
+        (lambda rows: None, "NoneType"),
+        (lambda rows: rows[:1], "torch.float32 [1, 16]"),
+        (lambda rows: rows[0], "torch.float32 [16]"),
+        (lambda rows: torch.cat([rows, rows]), "torch.float32 [6, 16]"),
+        (lambda rows: rows[:, :8], "torch.float32 [3, 8]"),
+        (lambda rows: rows.round().long(), "torch.int64 [3, 16]"),
+    ],
+)
+def test_embeddings_of_another_form_end_the_run_by_the_name_of_the_encoder(change, given):
+    class Changed(CountingEncoder):
+        def embed(self, modality, inputs):
+            return change(super().embed(modality, inputs))
+
+    images = [Media.image(image_bytes(n)) for n in range(3)]
+    with Embedder([Changed()]) as embedder, pytest.raises(EncoderError) as caught:
+        embedder.embed_in_order(images)
+    assert (
+        f"Changed breaks the contract of an encoder: embed() of 3 inputs must return float32 [3, 16], not {given}."
+        in str(caught.value)
+    )
+
+
+def test_embeddings_of_another_precision_become_float32():
+    class Double(CountingEncoder):
+        def embed(self, modality, inputs):
+            return super().embed(modality, inputs).double()
+
+    images = [Media.image(image_bytes(n)) for n in range(3)]
+    with Embedder([Double()]) as embedder:
+        rows = torch.stack([result.embedding for result in embedder.embed_in_order(images)])
+    torch.testing.assert_close(rows, expected(images))
+
+
+def test_embeddings_without_unit_norm_are_reported_or_raised():
+    class Long(CountingEncoder):
+        def embed(self, modality, inputs):
+            scales = torch.tensor([1.0, 7.0, 0.0])[: len(inputs), None]
+            return super().embed(modality, inputs) * scales
+
+    images = [Media.image(image_bytes(n)) for n in range(3)]
+    with Embedder([Long()]) as embedder:
+        errors = [result.error for result in embedder.embed_in_order(images)]
+    assert errors[0] == ""
+    assert "its embedding has norm 7 instead of 1" in errors[1]
+    assert "its embedding has norm 0 instead of 1" in errors[2]
+    with pytest.raises(MediaError, match="norm 7 instead of 1"):
+        embed_groups([[image] for image in images], [Long()], device="cpu")
+
+
+def test_prepared_media_are_tensors():
+    class Prepared(CountingEncoder):
+        def prepare(self, media):
+            return {"pixels": super().prepare(media)}
+
+    with Embedder([Prepared()]) as embedder, pytest.raises(EncoderError) as caught:
+        embedder.embed_in_order([Media.image(image_bytes(0))])
+    assert "Prepared breaks the contract of an encoder: prepare() must return a tensor, not dict" in str(
+        caught.value
+    )
+    assert caught.value.__notes__ == ["while preparing <182 bytes>"]
+
+
+def test_a_stop_iteration_of_an_encoder_names_the_media():
+    class Stops(CountingEncoder):
+        def prepare(self, media):
+            return next(iter(()))
+
+    with (
+        Embedder([Stops()]) as embedder,
+        pytest.raises(RuntimeError, match="StopIteration, while preparing <182 bytes>"),
+    ):
+        embedder.embed_in_order([Media.image(image_bytes(0))])
 
 
 def test_names_of_the_caller_stand_in_errors():

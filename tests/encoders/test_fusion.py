@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from bindllm.encoders.fusion import fuse
-from bindllm.errors import InputError
+from bindllm.encoders.fusion import common_size, fuse
+from bindllm.errors import EncoderError, InputError
+from tiny import ColorEncoder
 
 
 def test_fused_embedding_is_the_normalized_weighted_mean():
@@ -54,3 +57,31 @@ def test_the_published_mean_is_not_normalized_again():
 def test_shapes_that_do_not_fit_are_refused(rows, weights):
     with pytest.raises(InputError, match="expected embeddings"):
         fuse(torch.ones(rows, 3), torch.ones(weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("config", {"weights": Path("w")}, "config must be a dict that JSON gives back unchanged"),
+        ("config", None, "config must be a dict"),
+        (
+            "config",
+            {"depth": 3},
+            "config must be keywords of the constructor, not .* unexpected keyword argument 'depth'",
+        ),
+        ("modalities", "image", "modalities must be a tuple of names"),
+        ("embedding_size", 16.0, "embedding_size must be an int above 0"),
+        ("embed", None, "embed must be a method"),
+    ],
+)
+def test_encoders_with_wrong_members_are_refused_before_any_work(name, value, problem):
+    # A run would train for hours, and then could not write its checkpoint, or nobody could load it.
+    members = {"embedding_size": 16, "config": {}, "__init__": lambda self: None, name: value}
+    broken = type("Broken", (ColorEncoder,), members)
+    with pytest.raises(EncoderError, match=f"Broken breaks the contract of an encoder: .*{problem}"):
+        common_size([broken()])
+
+
+def test_a_name_in_place_of_an_encoder_is_refused():
+    with pytest.raises(EncoderError, match="str breaks the contract of an encoder: it lacks modalities"):
+        common_size(["efficientnet"])

@@ -14,7 +14,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from bindllm.encoders import Encoder, encoder_for, prepare
 from bindllm.encoders.fusion import fuse_groups
 from bindllm.encoders.tokens import group_tokens, reduce_tokens, token_size
-from bindllm.errors import BindLLMError, InputError, MediaError
+from bindllm.errors import BindLLMError, EncoderError, InputError, MediaError, listed
 from bindllm.media import Media
 from bindllm.media.limits import current_budget, decoding_one
 from bindllm.parallel import prefetch
@@ -37,6 +37,9 @@ BAD_IN_A_ROW = 2
 
 RECENT_BYTES = 256 << 20
 """Memory of `RecentEmbeddings`, by default."""
+
+_NORM_TOLERANCE = 0.01
+"""Largest difference of the norm of an embedding from 1: more than the rounding of bfloat16."""
 
 PREPARED_BYTES = 1 << 30
 """Prepared inputs held in memory at the same time, approximately: one long video can take 200 MB."""
@@ -191,6 +194,10 @@ class Embedder:
         try:
             with decoding_one(self._budget) as warnings:
                 inputs = prepare(media, self.encoders)
+            if not isinstance(inputs, Tensor):
+                raise _broken(
+                    encoder_for(media.modality, self.encoders), "prepare() must return a tensor", inputs
+                )
             if check is not None:
                 check(work)
         except self.reported as error:
@@ -198,6 +205,11 @@ class Embedder:
         except Exception as error:
             # Such an error ends the run, so it must name the file.
             error.add_note(f"while preparing {prepared.name}")
+            # A generator would turn it into an error without the name.
+            if isinstance(error, StopIteration):
+                raise RuntimeError(
+                    f"prepare() raised StopIteration, while preparing {prepared.name}"
+                ) from error
             raise
         # Without a lock: an update that is lost only delays the tighter limit.
         self._largest = max(self._largest, inputs.nbytes)
@@ -223,7 +235,7 @@ class Embedder:
         if not all(isinstance(row, Exception) and not isinstance(row, MediaError) for row in rows):
             self._credit = BAD_IN_A_ROW
         elif len(batch) > 1 or not self._credit:
-            rows[0].add_note(f"while embedding {', '.join(item.name for item in batch)}")
+            rows[0].add_note(_while_embedding(batch))
             raise rows[0]
         else:
             self._credit -= 1
@@ -245,21 +257,46 @@ class Embedder:
             if modality not in self._serving:
                 encoder = encoder_for(modality, self.encoders)
                 self._serving[modality] = encoder if self.device is None else encoder.to(self.device)
-            inputs = [item.inputs for item in batch]
+            encoder, inputs = self._serving[modality], [item.inputs for item in batch]
             with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
                 if modality not in self.token_modalities:
-                    embeddings = self._serving[modality].embed(modality, inputs).cpu()
-                    return [(row, None) for row in embeddings]
-                found = self._serving[modality].embed(modality, inputs, tokens=True)
-                return list(zip(found.embeddings.cpu(), map(reduce_tokens, found.tokens), strict=True))
+                    rows = _checked(encoder, encoder.embed(modality, inputs), len(batch))
+                    return [(row, None) for row in rows]
+                found = encoder.embed(modality, inputs, tokens=True)
+                rows = _checked(encoder, found.embeddings, len(batch))
+                return list(zip(rows, map(reduce_tokens, found.tokens), strict=True))
         except Exception as error:
             # Weights that are missing or damaged, for example: no other batch would work.
             if isinstance(error, BindLLMError) and not isinstance(error, MediaError):
-                error.add_note(f"while embedding {', '.join(item.name for item in batch)}")
+                error.add_note(_while_embedding(batch))
                 raise
             # The traceback stays, without the tensors in it, so that a smaller batch has their memory.
             traceback.clear_frames(error.__traceback__)
             return error
+
+
+def _checked(encoder: Encoder, embeddings: Any, count: int) -> Tensor:
+    """Return embeddings [B, E] as float32 on the CPU.
+
+    Raises:
+        EncoderError: they have another form. Other rows than inputs would give media the embeddings of others.
+    """
+    shape = (count, encoder.embedding_size)
+    if not (isinstance(embeddings, Tensor) and embeddings.shape == shape and embeddings.is_floating_point()):
+        raise _broken(encoder, f"embed() of {count} inputs must return float32 {list(shape)}", embeddings)
+    return embeddings.cpu().float()
+
+
+def _broken(encoder: Encoder, promise: str, found: Any) -> EncoderError:
+    given = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    return EncoderError(
+        f"{type(encoder).__name__} breaks the contract of an encoder: {promise}, not {given}. "
+        "`bindllm check --encoder` checks all of it"
+    )
+
+
+def _while_embedding(batch: Sequence[EmbeddingResult]) -> str:
+    return f"while embedding {listed([item.name for item in batch])}"
 
 
 def _problem(name: str, row: _Row | Exception) -> str:
@@ -271,6 +308,9 @@ def _problem(name: str, row: _Row | Exception) -> str:
     embedding, tokens = row
     if not embedding.isfinite().all():
         return f"{name}: its embedding is not finite"
+    # Cosines and the bind network take the length for granted.
+    if abs((norm := float(embedding.detach().norm())) - 1) > _NORM_TOLERANCE:
+        return f"{name}: its embedding has norm {norm:.4g} instead of 1; `bindllm check --encoder` checks an encoder"
     return "" if tokens is None or tokens.isfinite().all() else f"{name}: its tokens are not finite"
 
 

@@ -85,7 +85,7 @@ class EmbeddingStore:
         *,
         encoder_class: str | None = None,
     ) -> None:
-        if not re.fullmatch("[0-9a-f]{16,}", encoder_fingerprint):
+        if not re.fullmatch("[0-9a-f]{16,}", str(encoder_fingerprint)):
             raise StoreError(
                 f"a fingerprint must be at least 16 hexadecimal digits, not {encoder_fingerprint!r}; "
                 "a sha256 of weights and preprocessing is one"

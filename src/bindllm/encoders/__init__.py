@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from bindllm.atomic import file_sha256
 from bindllm.errors import EncoderError, InputError, did_you_mean
-from bindllm.media import MODALITIES, REVISION, Media
+from bindllm.media import MODALITIES, REVISION, Media, is_modality
 
 if TYPE_CHECKING:
     import torch
@@ -290,6 +291,60 @@ def members_of(protocol: type, *, methods: bool = False) -> list[str]:
     # Attributes without a value are annotations, properties and methods are values.
     names = [*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_"))]
     return [name for name in names if not methods or isinstance(vars(protocol).get(name), FunctionType)]
+
+
+def member_problems(encoder: Any) -> list[str]:
+    """Return what is wrong with the members of an encoder, one phrase for each; nothing is called or loaded.
+
+    Examples:
+        >>> class Ears:
+        ...     modalities = ("audio",)
+        >>> member_problems(Ears())
+        ['it lacks embedding_size, config, fingerprint, to, prepare, embed']
+    """
+    if isinstance(encoder, type):
+        return [f"it is a class; give an instance, as in check_encoder({encoder.__name__}())"]
+    if missing := [name for name in members_of(Encoder) if name not in dir(encoder)]:
+        return [f"it lacks {', '.join(missing)}"]
+    methods = members_of(Encoder, methods=True)
+    problems = [f"{name} must be a method" for name in methods if not callable(getattr(encoder, name))]
+    names, size, config = encoder.modalities, encoder.embedding_size, encoder.config
+    # A text is a sequence too, and "image" is in "images".
+    if not isinstance(names, tuple | list) or not names:
+        problems.append(f"modalities must be a tuple of names such as ('image',), not {names!r}")
+    elif wrong := [name for name in names if not is_modality(name)]:
+        problems.append(f"modalities are lower-case words, not {wrong}")
+    if isinstance(encoder, HasSpace) and not isinstance(encoder.space, str):
+        problems.append(f"space must be a word, not {encoder.space!r}")
+    if type(size) is not int or size < 1:
+        problems.append(f"embedding_size must be an int above 0, not {size!r}")
+    # A checkpoint holds class and config only: with another config it could not be written, or not be loaded.
+    if not _survives_json(config):
+        problems.append(
+            f"config must be a dict that JSON gives back unchanged (no tuples, paths or objects): {config!r}"
+        )
+    elif not problems:
+        try:
+            inspect.signature(type(encoder)).bind(**config)
+        except TypeError as error:
+            problems.append(f"config must be keywords of the constructor, not {config!r}: {error}")
+    return problems
+
+
+def check_members(encoder: Any) -> None:
+    """Raise an `EncoderError` if the members of an encoder are wrong, see `member_problems`."""
+    if problems := member_problems(encoder):
+        raise EncoderError(
+            f"{type(encoder).__name__} breaks the contract of an encoder: {'; '.join(problems)}. "
+            "`bindllm check --encoder` checks all of it"
+        )
+
+
+def _survives_json(config: Any) -> bool:
+    try:
+        return isinstance(config, Mapping) and json.loads(json.dumps(dict(config), allow_nan=False)) == config
+    except (TypeError, ValueError):
+        return False
 
 
 class once(cached_property):

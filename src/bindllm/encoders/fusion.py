@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bindllm.encoders import Encoder
+from bindllm.encoders import Encoder, check_members
 from bindllm.errors import InputError
 from bindllm.media import Media
 
@@ -90,7 +90,10 @@ def common_size(encoders: Sequence[Encoder]) -> int:
 
     Raises:
         InputError: the list is empty, or the sizes differ.
+        EncoderError: the members of one are wrong. Found here, it costs no training.
     """
+    for encoder in encoders:
+        check_members(encoder)
     sizes = [encoder.embedding_size for encoder in encoders]
     if len(set(sizes)) != 1:
         found = ", ".join(f"{type(encoder).__name__} {encoder.embedding_size}" for encoder in encoders)
