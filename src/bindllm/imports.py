@@ -119,6 +119,8 @@ def build_named(
     Raises:
         BindLLMError: a ``failure``: the class is not allowed, has a problem, or cannot be imported or built.
     """
+    # In a text, parts of the allowed name would be allowed too.
+    allow = (allow,) if isinstance(allow, str) else allow
     # How to read this: a class path from a file is untrusted. It must be well-formed, part of bindllm or allowed by
     # the caller, importable, and without a problem. Only then is it called.
     if not isinstance(path, str) or not all(path.split(".")) or "." not in path:

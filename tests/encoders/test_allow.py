@@ -16,7 +16,7 @@ from bindllm.encoders import Aligned
 from bindllm.encoders.aligned import HEAD, AlignedManifest, Head, HeadConfig, write_aligned
 from bindllm.encoders.trainable import build_tower
 from bindllm.errors import BindLLMError, InputError
-from bindllm.model.checkpoint import MANIFEST, build_own, read_manifest
+from bindllm.model.checkpoint import MANIFEST, build_object, build_own, read_manifest
 from bindllm.model.pretrained import read_encoders
 from cache_parts import save_tiny_model
 from tiny import save_tiny_decoder
@@ -102,6 +102,13 @@ def test_no_value_of_a_file_allows_a_class(work, place, value, class_path):
     ):
         with pytest.raises(BindLLMError, match=rf"would run code from there.*--allow {TRAP}"):
             load()
+    assert not (work / "imported").exists()
+
+
+def test_a_text_allows_its_own_class_and_no_part_of_it(work):
+    entry = lay(work, PLACES[0], [], TRAP)
+    with pytest.raises(BindLLMError, match=rf"would run code from there.*--allow {TRAP}"):
+        build_object(entry, allow=f"my_{TRAP}s")
     assert not (work / "imported").exists()
 
 

@@ -48,6 +48,28 @@ def test_bad_modality_and_source():
         Media.text(b"words")
 
 
+def test_numbers_of_numpy_are_weights():
+    assert Media.image("cat.png", weight=np.float32(0.5)).weight == 0.5
+
+
+def test_file_urls_are_opened_and_other_addresses_explained(tmp_path):
+    Image.new("RGB", (4, 6), "red").save(file := tmp_path / "a cat.png")
+    media = Media.image(file.as_uri())
+    assert open_image(media.source).size == (4, 6)
+    assert media.content_hash() == Media.image(file).content_hash()
+    for source, reason in (
+        ("https://a.b/cat.png", "https://a.b/cat.png: a web address; download it first and give its path"),
+        ("file://server/cat.png", "a file: URL of another machine"),
+        ("", "an empty path; give the path of a file"),
+        (
+            base64.b64encode(bytes(9000)).decode(),
+            r"^A{60}\.\.\.: no path; write data:image/png;base64, before base64",
+        ),
+    ):
+        with pytest.raises(MediaError, match=reason):
+            open_image(Media.image(source).source)
+
+
 def test_any_lower_case_word_is_a_modality():
     radar = Media("radar", np.zeros((2, 3)), weight=0.5)
     assert repr(radar) == "Media('radar', '<array [2, 3] float64>', weight=0.5)"

@@ -88,6 +88,12 @@ def test_arrays_that_are_no_pictures(array):
         open_image(array)
 
 
+def test_a_pillow_picture_without_pixels():
+    for size in ((0, 0), (0, 5), (5, 0)):
+        with pytest.raises(MediaError, match="pixels; expected at least one"):
+            open_image(Image.new("RGB", size))
+
+
 def test_an_endless_line_is_a_media_error():
     # Pillow would raise a MemoryError, which ends a run.
     for source in (np.zeros((1, 20_000_000, 3), np.uint8), encoded(Image.new("1", (20_000_000, 1)), "PNG")):

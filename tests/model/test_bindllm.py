@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -589,7 +591,6 @@ def test_rows_of_unequal_length_padded_on_the_left_are_those_alone_whatever_the_
 
 
 def test_messages_as_programs_write_them(any_kind, tmp_path):
-    import base64
     import io
 
     model, pixels = any_kind, image("red").source
@@ -603,6 +604,7 @@ def test_messages_as_programs_write_them(any_kind, tmp_path):
         {"type": "image", "path": str(tmp_path / "red.png")},
         {"type": "image", "url": (tmp_path / "red.png").as_uri()},
         {"type": "image", "image": buffer},
+        {"type": "image", "base64": base64.b64encode(buffer.getvalue()).decode()},
         {"type": "image", "image": torch.from_numpy(pixels).permute(2, 0, 1)},
     )
     asked, short = {"type": "text", "text": "What?"}, {"max_new_tokens": 8}
@@ -716,7 +718,40 @@ def test_padding_after_a_stop_string_is_not_doubted(decoder, monkeypatch):
         assert model.generate(*batch, **options, min_probability=0.1)[0] == cut
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("temperature", value) for value in (0, -1.0, float("nan"), float("inf"), "0.5", True)),
+        *(("top_p", value) for value in (0, 1.5, float("nan"), "0.5")),
+        *(("seed", value) for value in ("a", 3.5, 2**64, -(2**64))),
+    ],
+)
+def test_numbers_out_of_range_are_refused(model, option, value):
+    with pytest.raises(InputError, match=f"{option} is {re.escape(repr(value))}, expected"):
+        model.generate("What?", **{option: value})
+
+
+def test_numbers_of_numpy_are_options(model):
+    options = {"temperature": np.float32(1), "seed": np.int64(3), "max_new_tokens": 4}
+    assert model.generate("What?", **options) == model.generate(
+        "What?", temperature=1.0, seed=3, max_new_tokens=4
+    )
+
+
+@pytest.mark.parametrize("cache", [True, "caches/own"])
+def test_something_else_than_a_cache_is_refused(model, cache):
+    with pytest.raises(InputError, match=r"expected a VisualCache, .* VisualCache.open\(FOLDER\)"):
+        model.generate("What?", [image("red")], cache=cache)
+
+
+def test_arrays_in_messages_of_errors_are_short(model):
+    for asked in (("What?", np.zeros((99, 99, 3))), (np.zeros((99, 99, 3)),)):
+        with pytest.raises(InputError) as caught:
+            model.generate(*asked)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "0.5"])
 def test_a_probability_out_of_range_is_refused(model, value):
     with pytest.raises(InputError, match="min_probability is .*expected 0 to 1"):
         model.generate("What?", min_probability=value)

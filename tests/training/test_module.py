@@ -270,8 +270,8 @@ def test_checkpointed_activations_train_the_same_weights(make, trainer):
 class NetworkEncoder(ColorEncoder):
     """An encoder with all that training could spoil: weights, dropout and running statistics."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **config):
+        super().__init__(**config)
         self.network = torch.nn.Sequential(
             torch.nn.Linear(48, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5)
         )

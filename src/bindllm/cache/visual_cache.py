@@ -318,6 +318,19 @@ CacheChoice = VisualCache | Literal[False] | None
 """The cache of one call: this one; none; the one that the model has."""
 
 
+def check_cache(cache: CacheChoice) -> CacheChoice:
+    """Return the cache of one call.
+
+    Raises:
+        InputError: something else than a cache, such as its folder, which only `BindLLM.from_pretrained` opens.
+    """
+    if cache and not isinstance(cache, VisualCache):
+        raise InputError(
+            f"cache is {cache!r}, expected a VisualCache, False or None; VisualCache.open(FOLDER) reads one"
+        )
+    return cache
+
+
 def open_index(place: str) -> Index:
     """Open the index at a place: a folder, the path of an embedded Milvus, or the address of a server.
 

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt, restricted_number_type
 
 from bindllm.atomic import read_object
-from bindllm.errors import CheckpointError, MediaError, UsageError, did_you_mean
+from bindllm.errors import CheckpointError, InputError, MediaError, UsageError, did_you_mean
 from bindllm.imports import name_module
 from bindllm.media import MODALITIES, SUFFIXES, Media, is_modality
 from bindllm.media.source import local_path, open_stream
@@ -78,21 +78,12 @@ class EncoderOptions:
         Raises:
             UsageError: torch cannot compute there.
         """
-        import torch
+        from bindllm.model.pretrained import find_device
 
-        from bindllm.model.decoder import default_device
-
-        if self.device is None:
-            return str(default_device())
         try:
-            torch.zeros(1, device=self.device)
-        # A driver, a build of torch or an unknown word: each raises an exception of its own.
-        except Exception as error:
-            why = str(error).partition("\n")[0]
-            raise UsageError(
-                f"--device {self.device}: torch cannot compute there ({why}); leave it out for {default_device()}"
-            ) from error
-        return self.device
+            return find_device(self.device)
+        except InputError as error:
+            raise UsageError(f"--{error}") from error
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,9 @@ def read_part(part: object, media: RecordMedia) -> str | Media | _Slot:
     # Writers put the media under the type of the part, its modality, or a general key.
     keys = (kind, modality, f"{modality}_url", "url", "path")
     value = next((part[key] for key in keys if part.get(key) is not None), None)
+    # As the processors of transformers have it.
+    if value is None and part.get("base64") is not None:
+        value = {"data": part["base64"]}
     return _Slot(modality) if value is None else media.resolve(modality, _unwrap(value))
 
 

@@ -294,7 +294,7 @@ def members_of(protocol: type, *, methods: bool = False) -> list[str]:
 
 
 def member_problems(encoder: Any) -> list[str]:
-    """Return what is wrong with the members of an encoder, one phrase for each; nothing is called or loaded.
+    """Return the faults of the members of an encoder, one phrase for each; nothing is called or loaded.
 
     Examples:
         >>> class Ears:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
 
@@ -108,7 +110,7 @@ class Media:
         if isinstance(self.source, np.ma.MaskedArray):
             raise InputError(f"{self.name} has a mask; fill it first, with 0 or NaN in a depth map")
         # bool is a subclass of int, but a truth value is not a weight.
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+        if isinstance(self.weight, bool) or not isinstance(self.weight, Real):
             raise InputError(f"the weight of {self.name} must be a number, not {self.weight!r}")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"the weight of {self.name} must be finite and above 0, not {self.weight}")
@@ -206,7 +208,9 @@ def check_media(row: Sequence[Media]) -> tuple[Media, ...]:
             f"media takes lists: write [{row!r}], and one such list per prompt for several prompts"
         )
     if not isinstance(row, list | tuple):
-        raise InputError(f"media takes lists of Media, not {row!r}; write [Media.image('cat.png')]")
+        raise InputError(
+            f"media takes lists of Media, not {reprlib.repr(row)}; write [Media.image('cat.png')]"
+        )
     for item in row:
         if not isinstance(item, Media):
             raise InputError(f"media holds {item!r}, which is not a Media; write Media.image('cat.png')")

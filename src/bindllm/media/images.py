@@ -172,11 +172,13 @@ def decoding() -> Iterator[None]:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse sizes above `MAX_PIXELS` or `MAX_SIDE`.
+    """Refuse sizes above `MAX_PIXELS` or `MAX_SIDE`, and images without pixels.
 
     Raises:
         MediaError: the message has the size.
     """
+    if min(width, height) < 1:
+        raise MediaError(f"an image of {width} x {height} pixels; expected at least one")
     most = at_most("pixels", MAX_PIXELS)
     if width * height > most or max(width, height) > MAX_SIDE:
         raise MediaError(

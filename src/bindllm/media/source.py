@@ -20,6 +20,8 @@ from bindllm.errors import InputError, MediaError, reading
 
 Source = str | Path | bytes | np.ndarray | Image.Image
 
+_LONGEST_PATH = 4096
+
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 
@@ -158,7 +160,8 @@ def name_of(source: Source) -> str:
         case Image.Image():
             return f"<image {source.width}x{source.height} {source.mode}>"
         case _:
-            return str(source)
+            # No path is as long as base64 that was taken for one.
+            return text if len(text := str(source)) <= _LONGEST_PATH else f"{text[:60]}..."
 
 
 def local_path(address: str) -> str:
@@ -221,18 +224,25 @@ def read_data_uri(uri: str) -> bytes:
 
 @contextmanager
 def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
-    """Open a file or bytes for reading; an error of the system becomes a MediaError that names the file."""
+    """Open a path, a ``file:`` URL or bytes for reading; an error of the system becomes a MediaError with the name."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
     with reading(name_of(source)):
+        path = local_path(source) if isinstance(source, str) else source
+        if not str(path):
+            raise MediaError("an empty path; give the path of a file")
+        if len(str(path)) > _LONGEST_PATH:
+            raise MediaError(
+                "no path; write data:image/png;base64, before base64, with the type of the media"
+            )
         try:
             # A pipe or a device, such as /dev/zero, would block or never end.
-            kind = Path(source).stat().st_mode
+            kind = Path(path).stat().st_mode
             if not stat.S_ISREG(kind):
                 found = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
                 raise MediaError(f"this is {found}; expected a regular file")
-            stream = Path(source).open("rb")  # noqa: SIM115 (closed by the last block)
+            stream = Path(path).open("rb")  # noqa: SIM115 (closed by the last block)
         except OSError as error:
             raise MediaError(f"cannot be opened ({error.strerror}); check the path") from error
         except ValueError as error:

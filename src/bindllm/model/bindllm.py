@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bindllm.cache.blend import CacheConfig
-from bindllm.cache.visual_cache import CacheChoice, VisualCache
+from bindllm.cache.visual_cache import CacheChoice, VisualCache, check_cache
 from bindllm.embeddings.datastore import Datastore
 from bindllm.embeddings.embedder import GroupEmbeddings, RecentEmbeddings, embed_groups
 from bindllm.encoders import Encoder, alignment_warnings, skipped_encoders
@@ -241,7 +241,7 @@ class BindLLM(nn.Module):
         """Return the embeddings of media groups, [N, E], and tokens, [N, n, C]; ``more`` as for `embed_groups`."""
         normalize = self.bind_config.fusion == "unit"
         found = embed_groups(groups, self.encoders, device=self.device, normalize=normalize, **more)
-        cache = self.cache if cache is None else cache
+        cache = check_cache(self.cache if cache is None else cache)
         if not cache:
             return found
         # The cache holds pooled embeddings of other images; tokens stay those of the media.

@@ -301,6 +301,8 @@ def build_object(entry: dict[str, Any], *, allow: Sequence[str] = ()) -> Any:
     Raises:
         CheckpointError: the class is not allowed, does not exist, is not an encoder, or cannot be imported or built.
     """
+    # As in `build_named`.
+    allow = (allow,) if isinstance(allow, str) else allow
     return build_named(
         path := entry.get("class_path"),
         entry.get("init_args", {}),

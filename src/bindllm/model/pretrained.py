@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bindllm.atomic import not_finite
 from bindllm.cache.blend import CacheConfig
 from bindllm.cache.visual_cache import choose_cache
 from bindllm.embeddings.datastore import READS_NO_RECORDS, open_datastore
+from bindllm.encoders import check_members
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.trainable import Tuned
 from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
@@ -32,7 +34,7 @@ from bindllm.model.checkpoint import (
     resolve_cache,
 )
 from bindllm.model.context import ContextConfig
-from bindllm.model.decoder import DecoderConfig, fingerprint_decoder
+from bindllm.model.decoder import DecoderConfig, default_device, fingerprint_decoder
 from bindllm.model.groups import ENCODERS
 from bindllm.model.injection import InjectConfig
 
@@ -57,6 +59,8 @@ def load_model(
     records: int | None,
 ) -> BindLLM:
     """Return the model of a checkpoint folder; arguments as for `BindLLM.from_pretrained`."""
+    # Before minutes of loading.
+    device = find_device(device)
     if (revision := parts.pop("revision")) is not None:
         folder = _download(str(folder), revision)
     config, parts, found = read_parts(folder, **parts)
@@ -83,6 +87,25 @@ def load_model(
     if records is not None:
         model.context.num_records = records
     return model.eval()
+
+
+def find_device(device: str | torch.device | None) -> str:
+    """Return the name of a device that torch can compute on: the given one, or `default_device`.
+
+    Raises:
+        InputError: torch cannot compute there.
+    """
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=device)
+    # A driver, a build of torch or an unknown word: each raises an exception of its own.
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(
+            f"device {device}: torch cannot compute there ({why}); leave it out for {default_device()}"
+        ) from error
+    return str(device)
 
 
 def _download(name: str, revision: str) -> Path:
@@ -291,6 +314,7 @@ def _add_encoders(own: list[Encoder], further: Sequence[Encoder]) -> None:
         InputError: an encoder has another embedding size, or would never be asked.
     """
     for encoder in further:
+        check_members(encoder)
         # The first encoder that serves a modality is the one that is asked.
         served = {modality for one in own for modality in one.modalities}
         if not set(encoder.modalities) - served:

@@ -6,9 +6,12 @@ exported folders all use them: the settings that a decoder's folder recommends b
 
 from __future__ import annotations
 
+import math
+import reprlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from queue import SimpleQueue
 from typing import Any
 
@@ -42,6 +45,13 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 4, 12
 
 # Options that only sampling uses: giving one of them switches sampling on.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (Real, lambda x: 0 < x < math.inf, "a number above 0; leave it out to be greedy"),
+    # transformers takes any other number for no limit.
+    "top_p": (Real, lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+    "min_probability": (Real, lambda x: 0 <= x <= 1, "0 to 1"),
+    "seed": (Integral, lambda x: -(2**63) <= x < 2**64, "a whole number of at most 64 bits"),
+}
 # Options that are not fields of a GenerationConfig: those of Hugging Face `generate`, and ours.
 _MORE_OPTIONS = (
     "generation_config",
@@ -150,7 +160,7 @@ def as_conversations(
     if not isinstance(prompt, list | tuple) or not all(map(is_one, prompt)):
         raise InputError(
             f"a prompt is a text, a Conversation, messages (dicts with role and content), or a list of them, not "
-            f"{prompt!r}"
+            f"{reprlib.repr(prompt)}"
         )
     if not prompt:
         raise InputError("no prompt was given")
@@ -197,15 +207,12 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         is_count = name in ("max_new_tokens", "num_beams", "num_return_sequences") and value is not None
         if is_count and not (isinstance(value, int) and value >= 1):
             raise InputError(f"{name} is {value!r}, expected a whole number of at least 1")
-    if options.get("temperature") is not None and options["temperature"] <= 0:
-        raise InputError(
-            f"temperature is {options['temperature']}, expected more than 0; leave it out to be greedy"
-        )
-    # transformers takes any other number for no limit.
-    if options.get("top_p") is not None and not 0 < options["top_p"] <= 1:
-        raise InputError(f"top_p is {options['top_p']}, expected more than 0 and at most 1")
-    if not 0 <= (options.get("min_probability") or 0) <= 1:
-        raise InputError(f"min_probability is {options['min_probability']}, expected 0 to 1")
+    for name, (kind, fits, expected) in _RANGES.items():
+        # A truth value is a number too, and a range excludes NaN.
+        if (value := options.get(name)) is not None and not (
+            isinstance(value, kind) and not isinstance(value, bool) and fits(value)
+        ):
+            raise InputError(f"{name} is {value!r}, expected {expected}")
     if (stops := options.pop("stop_strings", None)) is not None:
         stops = [stops] if isinstance(stops, str) else list(stops)
         # An empty text is found at once, and would make every answer empty.
