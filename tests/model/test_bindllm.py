@@ -466,6 +466,21 @@ def test_saved_and_loaded_it_gives_the_same_logits(decoder, tmp_path, kind):
     assert model.generate("?", media=[image("red")]) == again.generate("?", media=[image("red")])
 
 
+def test_a_checkpoint_whose_decoder_has_moved_says_how_to_load_it(tmp_path):
+    place = save_tiny_decoder(tmp_path / "decoder")
+    model = BindLLM.build(DecoderConfig(str(place)), encoders=[ColorEncoder()], device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    place.rename(tmp_path / "moved")
+    options = {"allow": ["tiny.ColorEncoder"], "device": "cpu"}
+    with pytest.raises(
+        DecoderError, match=r"model/bindllm.json names it; .* give decoder=FOLDER, or --decoder FOLDER"
+    ):
+        BindLLM.from_pretrained(tmp_path / "model", **options)
+    assert BindLLM.from_pretrained(tmp_path / "model", decoder=str(tmp_path / "moved"), **options)
+    with pytest.raises(InputError, match="device gpu: torch cannot compute there .*; leave it out for"):
+        BindLLM.from_pretrained(tmp_path / "model", **options | {"device": "gpu"})
+
+
 def test_another_decoder_or_encoder_is_refused(decoder, tmp_path):
     build(decoder).save_pretrained(tmp_path / "m")
     other = str(save_tiny_decoder(tmp_path / "other", seed=1))

@@ -154,10 +154,10 @@ def find_folder(name: str, revision: str | None, *, role: str = "encoder") -> Pa
     try:
         return Path(snapshot_download(name, revision=revision, **_DOWNLOADED[role]))
     except Exception as error:
-        at = f" at revision {revision!r}" if revision else ""
+        at, why = f" at revision {revision!r}" if revision else "", str(error).partition("\n")[0]
         raise failure(
             f"{role} {name!r}{at} is neither a folder here nor a model that could be downloaded "
-            f"({type(error).__name__}: {error}). Give the path of a Hugging Face folder."
+            f"({type(error).__name__}: {why}). Give the path of a Hugging Face folder."
         ) from error
 
 

@@ -18,7 +18,7 @@ from bindllm.embeddings.datastore import READS_NO_RECORDS, open_datastore
 from bindllm.encoders import check_members
 from bindllm.encoders.fusion import common_size
 from bindllm.encoders.trainable import Tuned
-from bindllm.errors import CheckpointError, EncoderError, InputError, UsageError
+from bindllm.errors import CheckpointError, DecoderError, EncoderError, InputError, UsageError
 from bindllm.imports import resolve_path
 from bindllm.model.adapter import AdapterConfig
 from bindllm.model.bind_network import BindConfig
@@ -199,7 +199,15 @@ def read_decoder(
     # memory by the square of a prompt.
     kernels = {"attention": None, "compile": False}
     config = replace(saved, name=name, dtype=dtype or saved.dtype, quantize=quantize, **kernels)
-    _check_fingerprint("decoder", config.name, fingerprint_decoder(config.folder()), fingerprint)
+    try:
+        found = fingerprint_decoder(config.folder())
+    except DecoderError as error:
+        if decoder is not None:
+            raise
+        raise DecoderError(
+            f"{error} {Path(folder) / MANIFEST} names it; if it is elsewhere, give decoder=FOLDER, or --decoder FOLDER"
+        ) from error
+    _check_fingerprint("decoder", config.name, found, fingerprint)
     return config
 
 
