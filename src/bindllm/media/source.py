@@ -120,6 +120,9 @@ def with_rate(source: Any, rate: int | None) -> Any:
         return source
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or rate < 1:
         raise InputError(f"sampling_rate is {rate!r}; expected samples a second, such as 44100")
+    # `Media` refuses a list by its type.
+    if not isinstance(source, np.ndarray | str | Path | bytes):
+        return source
     if not isinstance(source, np.ndarray):
         raise InputError(f"sampling_rate belongs to an array; {name_of(source)} has a rate of its own")
     if isinstance(source, Waveform) and source.rate != rate:
@@ -224,27 +227,28 @@ def read_data_uri(uri: str) -> bytes:
 
 @contextmanager
 def open_stream(source: str | Path | bytes) -> Iterator[BinaryIO]:
-    """Open a path, a ``file:`` URL or bytes for reading; an error of the system becomes a MediaError with the name."""
+    """Open a file or bytes for reading; an error of the system becomes a MediaError that names the file."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
     with reading(name_of(source)):
-        path = local_path(source) if isinstance(source, str) else source
-        if not str(path):
+        if not str(source):
             raise MediaError("an empty path; give the path of a file")
-        if len(str(path)) > _LONGEST_PATH:
+        if len(str(source)) > _LONGEST_PATH:
             raise MediaError(
                 "no path; write data:image/png;base64, before base64, with the type of the media"
             )
         try:
             # A pipe or a device, such as /dev/zero, would block or never end.
-            kind = Path(path).stat().st_mode
+            kind = Path(source).stat().st_mode
             if not stat.S_ISREG(kind):
                 found = "a folder" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
                 raise MediaError(f"this is {found}; expected a regular file")
-            stream = Path(path).open("rb")  # noqa: SIM115 (closed by the last block)
+            stream = Path(source).open("rb")  # noqa: SIM115 (closed by the last block)
         except OSError as error:
-            raise MediaError(f"cannot be opened ({error.strerror}); check the path") from error
+            # Addresses are never opened here: a row that is held to its folder could name one.
+            advice = "download it first and give its path" if "://" in str(source) else "check the path"
+            raise MediaError(f"cannot be opened ({error.strerror}); {advice}") from error
         except ValueError as error:
             # A zero byte, which no path has.
             raise MediaError(f"cannot be opened ({error}); check the path") from error
