@@ -324,7 +324,7 @@ def check_cache(cache: CacheChoice) -> CacheChoice:
     Raises:
         InputError: something else than a cache, such as its folder, which only `BindLLM.from_pretrained` opens.
     """
-    if cache and not isinstance(cache, VisualCache):
+    if isinstance(cache, (bool, str, os.PathLike)) and cache is not False:
         raise InputError(
             f"cache is {cache!r}, expected a VisualCache, False or None; VisualCache.open(FOLDER) reads one"
         )

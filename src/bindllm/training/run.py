@@ -420,7 +420,7 @@ class Run:
         seconds = {**self.state.seconds, "evaluate": measured.seconds}
         metrics = {
             "tasks": measured.metrics,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "trainable_parameters": sum(row["parameters"] for row in groups if row["trainable"]),
         }
         facts = RunFacts(
