@@ -20,7 +20,7 @@ from bindllm.model.bind_network import BindConfig
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.decoder import DecoderConfig
 from bindllm.model.generation.scores import UNSURE
-from bindllm.model.injection import InjectConfig
+from bindllm.model.injection import InjectConfig, Injection
 from bindllm.model.injection.probe import probe
 from bindllm.shots import Shot
 from tiny import COLORS, ColorEncoder, TokenEncoder, save_tiny_decoder, tiny_decoder, tiny_model
@@ -199,6 +199,12 @@ def test_the_probe_finds_gates_that_are_not_closed_and_leaves_them(model):
     with pytest.raises(DecoderError, match="closed gates change its logits, by up to"):
         probe(model.decoder, model.injection)
     assert torch.equal(model.injection.gates, gates)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_decoder_passes_the_probe(kind):
+    decoder = tiny_decoder(num_hidden_layers=40)
+    probe(decoder, Injection(decoder, InjectConfig(kind=kind)))
 
 
 def test_loading_a_checkpoint_does_not_probe_again(decoder, tmp_path, monkeypatch):
