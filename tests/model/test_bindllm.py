@@ -202,8 +202,9 @@ def test_the_probe_finds_gates_that_are_not_closed_and_leaves_them(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_deep_decoder_passes_the_probe(kind):
-    decoder = tiny_decoder(num_hidden_layers=40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_deep_decoder_passes_the_probe(kind, dtype):
+    decoder = tiny_decoder(num_hidden_layers=40).to(dtype)
     probe(decoder, Injection(decoder, InjectConfig(kind=kind)))
 
 
@@ -213,9 +214,10 @@ def test_loading_a_checkpoint_does_not_probe_again(decoder, tmp_path, monkeypatc
     BindLLM.from_pretrained(tmp_path / "m", device="cpu", allow=["tiny.ColorEncoder"])
 
 
-def test_a_decoder_that_reads_both_ways_is_refused():
+@pytest.mark.parametrize("kind", ["residual", "cross"])
+def test_a_decoder_that_reads_both_ways_is_refused(kind):
     with pytest.raises(DecoderError, match="media change the logits of tokens before them"):
-        build_family("bert", "residual")
+        build_family("bert", kind)
 
 
 @pytest.mark.parametrize("family", ["mamba2", "stablelm", "gpt_neox"])

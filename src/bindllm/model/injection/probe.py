@@ -18,9 +18,9 @@ _FIRST = 3
 # products, as a part of the largest logit; and from others, as a distance. Kernels differ with padding, and int8 rounds
 # all tokens of a batch together.
 _EQUAL, _CLOSE = (1e-4, 1e-2), (1e-2, 0.3)
-# Gates of other kinds, and of kind cross, which multiplies the hidden state in each layer: with 1 it overflows in deep
-# decoders.
-_OPEN = (1, 0.01)
+# Open gates of kind cross, divided by the number of layers: each layer adds a multiple of the hidden state, which would
+# overflow in deep decoders. All layers together make it at most e^4 times as large.
+_OPEN = 0.2
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def _difference(decoder: PreTrainedModel, injection: Injection, inputs: dict[str
     kept = [gate.clone() for gate in gates]
     try:
         for gate in gates:
-            gate.fill_(_OPEN[injection.kind == "cross"])
+            gate.fill_(_OPEN / len(gate) if injection.kind == "cross" else 1)
         opened = run(**media)
     finally:
         for gate, values in zip(gates, kept, strict=True):
