@@ -205,7 +205,9 @@ def test_the_probe_finds_gates_that_are_not_closed_and_leaves_them(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_deep_decoder_passes_the_probe(kind, dtype):
     decoder = tiny_decoder(num_hidden_layers=40).to(dtype)
-    probe(decoder, Injection(decoder, InjectConfig(kind=kind)))
+    injection = Injection(decoder, InjectConfig(kind=kind))
+    probe(decoder, injection)
+    assert not injection.gates.any()
 
 
 def test_loading_a_checkpoint_does_not_probe_again(decoder, tmp_path, monkeypatch):

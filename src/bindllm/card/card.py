@@ -108,7 +108,7 @@ def _leaderboard(facts: Facts) -> dict[str, EvalResultEntry]:
 
 
 def _metadata(facts: Facts, combined: Combined) -> ModelCardData:
-    """Return the metadata of the Hub; a key without a fact is left out."""
+    """Return the metadata of the Hub; a key without a fact is omitted."""
     task = next((task for name, task in _TASKS.items() if name in facts.modalities), None)
     names = [
         facts.manifest["decoder"]["name"],

@@ -84,7 +84,7 @@ def mean(lines: Sequence[Line]) -> Number:
 
 
 def number_text(number: Number | None) -> str:
-    """Return a number with its interval; one without a width is left out, as resampling equal values shows nothing.
+    """Return a number with its interval; one without a width is omitted, as resampling equal values shows nothing.
 
     Examples:
         >>> number_text({"value": 0.5, "low": 0.4, "high": 0.61234, "n": 9})

@@ -283,7 +283,7 @@ def build_imagenet_names(wheels: Sequence[Path], folder: Path) -> dict[str, Any]
     """Write a datastore of the 1,000 rows of EfficientNet-Lite0's own classifier, each with the name of its class.
 
     The inner product of a row with an embedding is the score of its class, so retrieval is the classifier. Its biases
-    are left out: with deviation 0.05 they are far below the scores, and on 40 drawings they changed no first class.
+    are dropped: with deviation 0.05 they are far below the scores, and on 40 drawings they changed no first class.
 
     Raises:
         AssetError: not one name for each row.

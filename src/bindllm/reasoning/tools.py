@@ -314,7 +314,7 @@ def _schema(kind: Any) -> dict[str, Any] | None:
 
 
 def _without_none(kind: Any) -> Any:
-    """Return ``X`` for ``X | None``: such a parameter is left out, not null."""
+    """Return ``X`` for ``X | None``: such a parameter is omitted, not null."""
     if get_origin(kind) in (Union, UnionType):
         others = [one for one in get_args(kind) if one is not NoneType]
         return others[0] if len(others) == 1 else kind

@@ -34,7 +34,7 @@ BATCH_SIZE = 64
 
 
 def words_of_groups(samples: Sequence[Sample], *, captions_only: bool) -> dict[MediaGroup, set[int]]:
-    """Return the ids of all supervised tokens that listen to each media group; groups without any are left out.
+    """Return the ids of all supervised tokens that listen to each media group; groups without any are skipped.
 
     Answers that their rows call unwanted are skipped, and with ``captions_only`` the answers to questions.
     """
