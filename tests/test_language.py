@@ -15,6 +15,7 @@ FILES = sorted(
         "recipes/*.yaml",
         "examples/*",
         "*.md",
+        "checkpoints/README.md",
         "Makefile",
         "setup.cfg",
     )

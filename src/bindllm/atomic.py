@@ -128,7 +128,7 @@ def check_replaceable(path: Path, marker: str, failure: type[BindLLMError], *, k
 
     Args:
         path: may be missing, or an empty folder.
-        kind: of the folder, such as "a bindllm checkpoint".
+        kind: kind of the folder, such as "a bindllm checkpoint".
 
     Raises:
         BindLLMError: a ``failure``.

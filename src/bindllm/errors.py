@@ -26,7 +26,7 @@ ASSET_FOLDERS = {
 
 
 class BindLLMError(Exception):
-    """Base of every error that bindllm raises on purpose."""
+    """Base class of all errors of bindllm."""
 
 
 class InputError(BindLLMError, ValueError):

@@ -32,8 +32,8 @@ class Shot:
 
     Args:
         prompt: the question.
-        answer: the text that the model should answer like.
-        media: fused into one embedding; empty: the shot is only text.
+        answer: the answer of the example.
+        media: media of the question, fused into one embedding; empty: the shot is only text.
 
     Raises:
         InputError: a prompt or an answer that is not a text, an empty answer, or media that are not `Media`.

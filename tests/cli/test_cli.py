@@ -39,7 +39,8 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_a_help(name, capsys):
+def test_every_command_has_a_help(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0

@@ -50,8 +50,8 @@ def chat(
 ) -> int:
     """Talk with a checkpoint about images, audio and other media.
 
-    Attach media with /image FILE, /audio FILE, ..., then type the question. /help lists all commands. Ctrl-C stops an
-    answer.
+    Attach media with /image FILE, /audio FILE, ..., then type the question.
+    /help lists all commands. Ctrl-C stops an answer.
 
     Args:
         checkpoint: folder that bindllm fit wrote
@@ -81,7 +81,7 @@ class Chat:
     """The conversation so far, and the media that wait for the next message.
 
     Args:
-        options: of each answer, as for `BindLLM.stream`.
+        options: options of each answer, as for `BindLLM.stream`.
         examples: a table of worked examples, if there is one, and how those of a question are chosen.
         show_neighbors: after an answer, print the images that the model's cache retrieved for the media of the message.
 

@@ -15,9 +15,11 @@ def fetch(wanted: tuple[str, ...] = ("recipes/scenes.yaml",)) -> int:
       smollm2-135m-instruct  decoder of most recipes
       efficientnet-lite0     image encoder of most recipes
       openmoji               drawings and their names
-      easyvqa                questions about images
       scenes                 20,000 scenes of drawings with known answers
-      stamps                 thumbnails with texts
+      easyvqa                questions about images
+      stamps                 photographs and drawings with sentences, some with audio
+      links                  views of single drawings, for link-context learning
+      languages              views of single drawings, with names in four languages
       minilm                 text encoder
       clip-vocabulary        tokenizer for bindllm convert imagebind
       imagenet-names         datastore of 1,000 names, for a model with context

@@ -62,16 +62,16 @@ class BindData(LightningDataModule):
     them ahead of training. Such a run has no epochs, so its trainer needs ``max_steps``.
 
     Args:
-        sources: of the rows.
+        sources: tables, folders and streams with the rows.
         store: folder of the embedding stores; null: media are encoded again for every batch, which encoders of class
             `bindllm.encoders.Tuned` need.
         batch_size: rows of a training batch, per device.
         max_length: maximum number of tokens of a row; a longer answer is cut.
-        seed: of the order of rows.
+        seed: seed of the order of rows.
         chunk: samples of streamed sources that are read, shuffled and grouped by length together; they are in memory
             without their media, but with their tokens if the model reads any (125 kB for an image of 7 x 7 x 1280).
-        tokenizer: of the decoder; set by the command line.
-        encoders: for the modalities of the data; set by the command line.
+        tokenizer: tokenizer of the decoder; set by the command line.
+        encoders: encoders of the modalities in the data; set by the command line.
         token_modalities: modalities whose tokens are in the batches; set by the command line from the bind network.
         context: settings of a model with context, a `ContextConfig`; set by the command line. The training rows are
             the datastore.

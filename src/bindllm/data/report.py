@@ -106,7 +106,7 @@ class SourceReport:
 
     Args:
         num_rows: its rows; in the format caption, one for each caption.
-        shards: of a source that is streamed for training; its samples are counted in `StreamReport`.
+        shards: shards of a source that is streamed for training; its samples are counted in `StreamReport`.
         media: different media by modality.
         answers: answers of all rows; a conversation may have several.
     """
@@ -231,7 +231,7 @@ class DataReport:
         shared_media: held-out samples with a file whose content is in the training split too.
         embeddings: how many embeddings were made and how many were in the store, in words.
         records: records of the datastore, of a model with context.
-        cut_records: of these, with a text that is longer than the model reads.
+        cut_records: number of these with a text that is longer than the model reads.
         excluded_itself: pairs of media and record that were not retrieved because both show the same media.
         excluded_equal: the same for records with an equal embedding.
     """

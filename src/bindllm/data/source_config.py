@@ -222,11 +222,11 @@ class SourceConfig:
     Args:
         path: a table (.json, .jsonl, .csv, .tsv, .parquet), a folder with such tables, a folder that
             ``save_to_disk`` of Hugging Face ``datasets`` wrote, ``hf://NAME``, or tar shards, which are streamed. For
-            the format caption, also a folder with a table named captions.*, or a folder of images, each with a .txt
-            file of the same name that has one caption per line.
-        format: of the rows; docs/data.md shows each.
-        modality: of the files: image, another modality of `bindllm.media.MODALITIES`, or any lower-case word that an
-            encoder of the recipe serves. In a table, their column is then called like the modality.
+            the format caption, also a folder with a table named captions.*, a folder of images, each with a .txt file
+            of the same name that has one caption per line, or a folder with a folder for each class.
+        format: format of the rows; docs/data.md shows each.
+        modality: modality of the files: image, another modality of `bindllm.media.MODALITIES`, or any lower-case word
+            that an encoder of the recipe serves. In a table, their column is then called like the modality.
         prompt: the question about each image (or other media) with captions. In vqa, ``{question}`` in the prompt is
             replaced by the question.
         prompts: instead of it, a prompt for each language, such as ``{en: "What is this?", es: "¿Qué es esto?"}``. The

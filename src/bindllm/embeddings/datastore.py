@@ -53,7 +53,7 @@ class Record:
     Args:
         keys: content hashes of its media; empty for a record without media, such as a row of a classifier.
         name: path of its media, or row of their table.
-        modality: of its media.
+        modality: modality of its media.
         texts: texts that belong to it, such as captions.
     """
 
@@ -89,9 +89,9 @@ class Datastore:
     """Records with one embedding each.
 
     Args:
-        embeddings: of the records, float32 [R, E]; usually unit vectors.
-        records: R of them.
-        fingerprints: of the encoders that made the embeddings.
+        embeddings: embeddings of the records, float32 [R, E]; usually unit vectors.
+        records: the R records.
+        fingerprints: fingerprints of the encoders that made the embeddings.
         source: path for messages.
 
     Raises:

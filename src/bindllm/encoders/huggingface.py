@@ -69,7 +69,7 @@ class HuggingFace:
             tokens, frames or positions) or "last" token. "auto": the setting of a sentence-transformers folder; else
             "mean" for text and audio, and for images "pooler" if the checkpoint has one, otherwise "first". Joint
             models have their own.
-        dtype: in which the model runs, float32, bfloat16 or float16; embeddings are float32 always.
+        dtype: dtype of the model, float32, bfloat16 or float16; embeddings are float32 always.
         space: name of the joint space, when it is that of other encoders; by default one of its own.
         dimensions: keep only the first numbers of a vector, for models that were trained for it (Matryoshka,
             https://arxiv.org/abs/2205.13147); None: all.

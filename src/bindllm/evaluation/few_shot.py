@@ -61,7 +61,7 @@ class FewShotData:
     Attributes:
         train: samples of the support, for the baselines of the task.
         support: chooses the shots.
-        embeddings: of all media.
+        embeddings: embeddings of all media.
     """
 
     questions: Sequence[_Question]

@@ -132,7 +132,7 @@ class Media:
         Args:
             source: the audio; an array holds int16, or floats in -1..1.
             weight: as for `Media`.
-            sampling_rate: of an array, in samples a second (default: 16,000).
+            sampling_rate: samples a second of an array (default: 16,000).
 
         Raises:
             InputError: a rate that is not a whole number above 0, or a rate for a file.

@@ -74,7 +74,7 @@ class _Timeline:
     """The times in the packets of a video.
 
     Args:
-        times: of every frame that is shown, rising, in units of the track; None: some are missing or equal.
+        times: time of every frame that is shown, rising, in units of the track; None: some are missing or equal.
         keys: times of the frames that decoding can start from, rising.
     """
 

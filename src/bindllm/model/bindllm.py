@@ -75,7 +75,7 @@ class BindLLM(nn.Module):
         config: the decoder's name, as it is written to checkpoints.
         encoders: the frozen encoders; all must have the same embedding size.
         bind: shape of the bind network, and the number of bind tokens.
-        inject: kind of injection; more than one bind token needs ``attend``.
+        inject: kind of injection; more than one bind token needs ``attend`` or ``cross``.
         adapter: the tuned tensors of the decoder. None: the decoder stays as it is.
         context: shape of the context perceivers (docs/context.md). None: the model reads no retrieved records.
         cache_config: the visual cache that checkpoints name. Only `from_pretrained` opens it.
@@ -142,7 +142,7 @@ class BindLLM(nn.Module):
         """Load the decoder and join untrained parts to it: the model answers exactly like the plain decoder.
 
         Args:
-            decoder: which decoder, and its dtype.
+            decoder: name and dtype of the decoder.
             device: by default the accelerator that torch finds, else the CPU.
             **parts: ``encoders``, ``bind``, ``inject``, ``adapter`` and ``context`` as for the class.
         """
@@ -156,7 +156,7 @@ class BindLLM(nn.Module):
 
         Args:
             decoder: only its config is read.
-            tokenizer: if texts are to be rendered.
+            tokenizer: the decoder's tokenizer; None: no texts are rendered.
             **parts: as for `build`.
         """
         network = without_weights(decoder.folder())
@@ -220,7 +220,7 @@ class BindLLM(nn.Module):
                 mean of its unit embeddings, normalized again unless `BindConfig.fusion` is ``mean``).
             cache: mixes the nearest images into each embedding (by default, of items without an image); None:
                 the model's own, False: none.
-            recent: as for `embed_groups`.
+            recent: embeddings kept in memory by content, so media that come again are not encoded again.
 
         Returns:
             embeddings, [N, E], float32, on the CPU; unit norm, but for several media fused by a plain mean.
@@ -362,7 +362,7 @@ class BindLLM(nn.Module):
                 do not fit are skipped with a warning, the first ones first (docs/few-shot.md).
             cache: the visual cache, as for `encode`.
             datastore: the records that a model with context reads; None: the model's own, False: none.
-            recent: as for `encode`.
+            recent: embeddings kept in memory, as for `encode`.
             **options: as for Hugging Face ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``top_p``, ``num_beams``, ``stop_strings``, ...), and ``seed``, with which sampling gives the same
                 answers again, and ``min_probability``: an answer about media with a less likely token becomes "I do not
@@ -473,10 +473,11 @@ class BindLLM(nn.Module):
             encoders: additional encoders, for modalities that the checkpoint's encoders do not serve.
             cache: a visual cache, or the path of one, mixed in with the checkpoint's settings. None: the cache that the
                 checkpoint names, False: no cache. `save_pretrained` keeps the entry of the checkpoint.
-            quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: not at all.
+            quantize: ``nf4`` or ``int8`` (see `DecoderConfig`); None: as in training, False: full precision.
             tokens: bind tokens of a media group, at most as many as in training (docs/bind-tokens.md); None: all.
-            datastore: of a model with context, or its folder; None: that of the checkpoint, False: none.
-            records: number of them for each media, as ``model.context.num_records``; None: as many as in training.
+            datastore: a datastore that a model with context reads, or its folder; None: that of the checkpoint,
+                False: none.
+            records: number of records for each media, as ``model.context.num_records``; None: as many as in training.
 
         Raises:
             CheckpointError: another decoder or encoder than the one it was trained with, a newer format, missing

@@ -96,7 +96,7 @@ def push_model(
         model: the model.
         name: id of the repository, such as ``me/scenes``; made if it does not exist.
         private: whether a new repository is private.
-        message: of the commit.
+        message: the commit message.
 
     Returns:
         the commit, to be given as ``revision`` of `BindLLM.from_pretrained`.

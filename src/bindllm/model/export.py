@@ -142,7 +142,7 @@ def merge(
 
     Args:
         decoder: without adapter, injection or quantization; changed in place.
-        config: of the adapter; None: the decoder has none, and only its dtype changes.
+        config: the adapter's config; None: the decoder has no adapter, and only its dtype changes.
 
     Returns:
         the numbers of merged projections and of replaced norms.

@@ -45,7 +45,7 @@ class Reply:
     """One reply of a brain.
 
     Args:
-        text: as the brain wrote it, without its calls; the answer if there are none.
+        text: the text of the brain without its calls; the answer if there are none.
         problem: why the reply cannot be read as calls or an answer; "" if it can.
 
     Raises:

@@ -25,8 +25,8 @@ class Endpoint:
     """An OpenAI-compatible chat endpoint as a brain.
 
     Args:
-        url: up to the version, such as ``http://localhost:8000/v1``.
-        model: its name there.
+        url: address up to the version, such as ``http://localhost:8000/v1``.
+        model: name of the model there.
         key: API key; None: without one.
         **fields: further fields of each request, such as ``temperature``.
 

@@ -44,7 +44,7 @@ class McpTools:
         MissingExtraError: the SDK is not installed.
 
     Attributes:
-        tools: of the server. Their names follow the rule of OpenAI's API: other characters become ``_``.
+        tools: the tools of the server. Their names follow the rule of OpenAI's API: other characters become ``_``.
 
     Example:
         ```python

@@ -38,7 +38,7 @@ class Call:
     """A call of a plan.
 
     Args:
-        number: of the call in the run; its result is ``result`` with this number.
+        number: number of the call in the run; its result is ``result`` with this number.
         problem: why it cannot be run; "" if it can.
         same_as: the number of an earlier call with the same tool and arguments, or None.
     """
@@ -60,7 +60,7 @@ class Outcome:
     """The end of a call.
 
     Args:
-        note: for the planner, after the result.
+        note: a note for the planner, after the result.
     """
 
     value: Any = None
@@ -128,7 +128,7 @@ class Scheduler:
         report: called with each call that has ended, and its outcome.
 
     Attributes:
-        outcomes: of the calls that have ended, by number.
+        outcomes: outcomes of the calls that have ended, by number.
     """
 
     def __init__(

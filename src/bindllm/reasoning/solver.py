@@ -77,13 +77,13 @@ class Solution:
     """The end of a run.
 
     Args:
-        answer: None after a failure.
+        answer: the answer; None after a failure.
         failure: why the run ended without an answer: a reply that is unusable for the second time, an exhausted budget,
             or a brain that does not reply. None: it has an answer.
         message: explains the failure.
-        trace: all that happened.
+        trace: all events of the run.
         calls: number of calls.
-        tokens: that the brain wrote.
+        tokens: number of tokens that the brain wrote.
         seconds: wall time.
     """
 
@@ -130,7 +130,7 @@ class Solver:
         brain: a bindllm model, an `Endpoint`, or anything else with the methods of `Brain`.
         tools: `Tool` objects or typed functions; None: those of the model and of `MEDIA_TOOLS`.
         budget: limits of each run.
-        listener: called with each event of the trace while it happens.
+        listener: a function that is called with each event of the trace.
 
     Raises:
         InputError: two tools of one name, a function that cannot be a tool, or no tools for a brain that is not a
@@ -167,7 +167,7 @@ class Solver:
 
         Args:
             question: may name the media by their handles: image1, image2, audio1, ...
-            media: that the question is about. The brain gets their handles only.
+            media: media of the question. The brain gets their handles only.
 
         Raises:
             InputError: no question, media that are no list of `Media`, or media that no tool takes.

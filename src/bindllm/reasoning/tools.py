@@ -35,8 +35,8 @@ class Tool:
     """A function that a planner may call.
 
     Args:
-        name: by the rule of OpenAI's API, the narrowest: letters, digits, ``_`` and ``-``, at most 64.
-        description: for the planner.
+        name: name of the tool, by the rule of OpenAI's API: letters, digits, ``_`` and ``-``, at most 64.
+        description: purpose of the tool, for the planner.
         parameters: JSON Schema of the arguments, an object; media are strings.
         run: gets the arguments by name, media as `Media`, in a thread of its own.
         media: modalities that each argument for media takes; an empty tuple takes all.

@@ -35,7 +35,7 @@ class Trace:
     """The events of one run, in order.
 
     Args:
-        listener: called with each new event.
+        listener: a function that is called with each new event.
 
     Attributes:
         events: plain data, see `KINDS`.

@@ -56,7 +56,7 @@ class BagOfWords(nn.Module):
     Args:
         bind: the bind network. A copy is trained, so that hooks of a strategy on its parameters see no gradient.
         embeddings: the word embeddings of the decoder, at its input or at its output, [all words, D].
-        lookup: of the embeddings and tokens of media groups.
+        lookup: returns the embeddings and tokens of media groups.
 
     Attributes:
         network: the copy, in float32.

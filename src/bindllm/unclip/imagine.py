@@ -75,17 +75,17 @@ class Imagine:
 
     Args:
         pipeline: folder of a ``StableUnCLIPImg2ImgPipeline`` of diffusers, or its id on the hub.
-        encoders: the first that serves a modality embeds it. Without a map, one of them serves images.
+        encoders: the first encoder that serves a modality embeds it. Without a map, one of them must serve images.
         revision: commit on the hub.
         linear_map: a map from the encoders' space to that of the pipeline, or its folder.
         cache: mixes the nearest images into each embedding (by default, of media without an image), or its folder.
         norm: length of the image embedding; None: the mean length of the pipeline's own embeddings, of the images of
             the map or of a few synthetic images.
-        device: where it runs; by default the accelerator that torch finds, else the CPU.
-        dtype: of the pipeline: ``float32``, ``bfloat16``, ``float16``, or ``auto``, as for a decoder.
+        device: device of the pipeline; by default the accelerator that torch finds, else the CPU.
+        dtype: dtype of the pipeline: ``float32``, ``bfloat16``, ``float16``, or ``auto``, as for a decoder.
 
     Attributes:
-        license: words of the pipeline's card.
+        license: license in the pipeline's card.
         norm: length of the image embedding.
 
     Raises:

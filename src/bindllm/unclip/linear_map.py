@@ -47,11 +47,11 @@ _MEASURED = 64
 
 @dataclass(frozen=True)
 class MapFacts:
-    """Where a map comes from, and how good it is.
+    """Origin and quality of a map.
 
     Args:
         encoder: class path of the encoder.
-        encoder_fingerprint: fingerprint of it.
+        encoder_fingerprint: fingerprint of the encoder.
         pipeline: name of the pipeline.
         pipeline_fingerprint: fingerprint of its image encoder.
         images: number of images that it was fitted on.
@@ -79,7 +79,7 @@ class LinearMap:
     Args:
         weight: float32 [E, D].
         bias: float32 [D].
-        facts: where it comes from.
+        facts: origin and quality of the map.
     """
 
     weight: Tensor

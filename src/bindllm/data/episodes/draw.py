@@ -166,7 +166,8 @@ def draw_episodes(
 
     Args:
         skipped: counts images that have the same content as another one, and images of classes that became too small.
-        embeddings: of all media. Without them hard negatives are random, and copies of an image are not found.
+        embeddings: embeddings of all media. Without them hard negatives are random, and copies of an image are not
+            found.
 
     Raises:
         InputError: a split has fewer classes than ways, or a class is in two splits.

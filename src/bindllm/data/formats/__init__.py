@@ -66,7 +66,7 @@ def read_row(
     """Return the row of a record.
 
     Args:
-        record: of a table, or the JSON of a streamed sample; not changed.
+        record: a row of a table, or the JSON of a streamed sample; not changed.
         unnamed: returns media, by modality, that belong to the record without being named in it.
 
     Raises:

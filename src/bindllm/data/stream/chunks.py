@@ -42,7 +42,7 @@ class StreamOptions:
     Args:
         batch_size: rows of a batch, per process.
         max_length: maximum number of tokens of a row.
-        seed: of the order.
+        seed: seed of the order.
         chunk: samples that are shuffled and grouped by length together.
     """
 
@@ -111,7 +111,7 @@ class ChunkReader:
 
     Args:
         sources: the recipe's index and configuration of each stream of the mixture.
-        tokenizer: of the decoder; copied, because the loader's thread must not share it.
+        tokenizer: tokenizer of the decoder; copied, because the loader's thread must not share it.
         encoders: embed the media of the samples; on the CPU again afterwards.
         context: the device that the encoders run on, and the rank of this process.
         token_modalities: modalities whose tokens are kept with the samples of a chunk.

@@ -48,7 +48,8 @@ class PointBind:
 
     Args:
         weights: converted folder, with ``config.json`` and ``model.safetensors``.
-        dtype: of the network: "float32", "bfloat16" or "float16". Points are always sampled and grouped in float32.
+        dtype: dtype of the network: "float32", "bfloat16" or "float16". Points are always sampled and grouped in
+            float32.
         points: how many points a cloud is brought to; both variants were trained on 8192.
 
     Raises:

@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
     Args:
         text: the answer that chooses it.
-        probability: of this answer among those of all options, 0..1.
+        probability: probability of this answer among those of all options, 0..1.
     """
 
     text: str

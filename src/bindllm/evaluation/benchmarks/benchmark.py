@@ -45,7 +45,7 @@ class Entry:
         unit: questions of one unit count together; empty: the question is a unit of its own.
         shots: records of worked examples before the question.
         facts: further values for the parser or the metric.
-        problem: why it cannot be asked; empty: it can.
+        problem: reason why it cannot be asked; empty: it can.
         row: the conversation, if the reader makes it itself instead of a record.
     """
 
@@ -133,7 +133,7 @@ class Benchmark:
         parsers: parsers of answers by name; the first is the default.
         metric: makes numbers of the scores.
         scorer: returns the function that scores answers, for these items.
-        format: of the records: vqa, choice or caption.
+        format: format of the records: vqa, choice or caption.
         prompt: frame of a question, or the question about media with captions.
         max_new_tokens: longest answer.
         notes: remarks for the reader of the scores.

@@ -183,7 +183,7 @@ def evaluate(
         store: folder of the embedding stores.
         checkpoint: folder of the model, for the record.
         progress: show bars.
-        processes: they share the batches, with equal arguments and a model on each device; rank 0 writes.
+        processes: processes that share the batches, with equal arguments and a model on each device; rank 0 writes.
         **settings: fields of `Settings`.
 
     Raises:

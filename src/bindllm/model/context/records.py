@@ -108,7 +108,7 @@ def read_records(
 
     Args:
         query: unit embedding of each media group, [B, M, E].
-        context_embeddings: of its records, nearest first, [B, M, K, E]; zeros are no records.
+        context_embeddings: embeddings of its records, nearest first, [B, M, K, E]; zeros are no records.
         context_scores: how near they are, see `Found`, [B, M, K].
         context_ids: token ids of their texts, [B, M, K, S], `NO_TOKEN` for padding.
 

@@ -118,7 +118,7 @@ def shots_limit(options: dict[str, Any], positions: int | None) -> int | None:
     """Return how many tokens a prompt with shots may have: the decoder's positions less the longest answer.
 
     Args:
-        options: of the caller, as `check_options` returns them. With ``max_length``, the prompt ends before it.
+        options: the caller's options, as `check_options` returns them. With ``max_length``, the prompt ends before it.
         positions: tokens that the decoder can read; None: it has no limit.
     """
     if (length := options.get("max_length")) is not None:
@@ -314,7 +314,7 @@ def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
     """Arrange values of media groups, such as embeddings [N, E], by the rows of a batch, [B, M, E].
 
     Args:
-        values: of all groups, row after row, [N, ...].
+        values: the values of all groups, row after row, [N, ...].
         counts: number of groups of each row; M is the largest of them, at least 1.
     """
     # Rows with fewer groups keep zeros, which no token refers to.

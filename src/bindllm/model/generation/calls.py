@@ -51,8 +51,8 @@ class CallForm:
 
     Args:
         between: between two of them; empty: an answer has one call only.
-        keys: of the object, for the name and for the arguments.
-        pieces: of the object: before, between, and after name and arguments.
+        keys: the keys of the object for the name and for the arguments.
+        pieces: the text of the object before, between, and after name and arguments.
         has_name_first: whether the arguments follow the name.
     """
 

@@ -42,12 +42,12 @@ def log_probability(
 
     Args:
         model: the model.
-        prompt: as for `BindLLM.generate`.
+        prompt: one prompt, as for `BindLLM.generate`.
         answer: a text for one prompt, or a list of texts: of one prompt, or one for each of several prompts.
-        media: as for `BindLLM.generate`.
-        cache: as for `BindLLM.generate`.
-        datastore: as for `BindLLM.generate`.
-        recent: as for `BindLLM.encode`.
+        media: its media, as for `BindLLM.generate`.
+        cache: the visual cache, as for `BindLLM.generate`.
+        datastore: the records, as for `BindLLM.generate`.
+        recent: embeddings kept in memory, as for `BindLLM.encode`.
 
     Raises:
         InputError: another number of answers than prompts.

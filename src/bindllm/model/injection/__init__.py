@@ -116,10 +116,10 @@ class Injection(nn.Module):
         DecoderError: the decoder lacks one of these modules, or has fewer layers; the message names it.
 
     Attributes:
-        gates: of the L served layers, zeros at the start, [L] for ``residual``, [L, R] for ``cross``, else [L, H].
+        gates: gates of the L served layers, zero at the start, [L] for ``residual``, [L, R] for ``cross``, else [L, H].
         queries: [L, D], or None.
         reader: the attention of kind ``cross``, or None.
-        context_gates: of context tokens, zeros at the start, [L, H] or [L, R], or None.
+        context_gates: gates of context tokens, zero at the start, [L, H] or [L, R], or None.
         context_reader: the attention of kind ``cross`` over context tokens, or None.
 
     Example:

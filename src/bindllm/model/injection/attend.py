@@ -107,11 +107,11 @@ class GenerationState:
     """Bind vectors and media index of a running generation, repeated to its real batch size (beams, samples).
 
     Attributes:
-        injection: of the decoder that generates.
+        injection: the injection of the decoder that generates.
         bind: bind vectors of the prompts, as for `BindContext`.
-        media_index: of the prompts, padded on the left, [B, T].
+        media_index: the media index of the prompts, padded on the left, [B, T].
         retrieved: context tokens, [B, M, C, D], or None.
-        terms: of `BindContext`, kept over the steps.
+        terms: the terms of `BindContext`, kept over the steps.
         retrieved_terms: the same for context tokens.
     """
 

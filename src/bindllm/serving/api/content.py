@@ -43,7 +43,7 @@ class ContentReader:
     """Reads the content of one request, and counts its media and its characters.
 
     Args:
-        encoders: of the model; media that none of them serves are refused.
+        encoders: encoders of the model; media that none of them serves are refused.
     """
 
     def __init__(self, encoders: Sequence[Encoder], config: ServeConfig, *, most_media: int) -> None:

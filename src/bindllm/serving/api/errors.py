@@ -48,8 +48,8 @@ class ApiError(HTTPException):
     """An error with the status and the fields of an answer.
 
     Args:
-        message: for people: given, expected, next step.
-        code: for programs, such as ``model_not_found``.
+        message: text for people: given, expected, next step.
+        code: short name for programs, such as ``model_not_found``.
     """
 
     def __init__(

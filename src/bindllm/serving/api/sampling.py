@@ -38,7 +38,7 @@ class Question:
         wants_neighbors: whether the answer names the images of the visual cache.
         prompt_field: field of the body that has the conversation, for errors.
         grammar_field: field of the body that sets the grammar of the answer, for errors.
-        tools: that the answer may call; None: it is only text.
+        tools: tools that the answer may call; None: it is only text.
         id: random part of the ids of the answer.
     """
 
