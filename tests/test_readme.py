@@ -139,10 +139,26 @@ def test_yaml_blocks_are_parts_of_a_recipe():
         assert part.keys() <= keys.keys() | keys["model"].keys()
 
 
-def test_links_lead_to_files():
-    for text in (README, CONTRIBUTING):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (ROOT / target).is_file(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+
+
+def test_links_lead_to_files_and_headings():
+    # mkdocs checks the pages in docs/, and not these.
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "checkpoints/README.md"):
+        page = ROOT / name
+        for target in re.findall(r"\]\((?!https?:)([^)]+)", page.read_text(encoding="utf-8")):
+            file, _, heading = target.partition("#")
+            assert (page.parent / file).is_file(), (name, target)
+            assert not heading or heading in anchors(page.parent / file), (name, target)
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(([^)#]+)\)", index)) == pages
 
 
 def test_the_reading_order_names_files():
