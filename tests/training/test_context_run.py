@@ -89,6 +89,38 @@ def test_a_run_writes_its_datastore_and_the_checkpoint_answers_with_it(parts, wo
     assert "test_loss" in capsys.readouterr().out
 
 
+def test_copied_records_answer_the_same_question(parts, work):
+    """The nearest image of another one has the same color; only held-out rows ask what no record answers."""
+    pictures = parts / "pictures"
+    rows = []
+    for line in (pictures / "captions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        color = row["caption"].split()[0]
+        questions = {"Which shape?": "square", "Which color?": color, "Is it a color?": "yes"}
+        if row["split"] == "test":
+            questions["Which size?"] = "square"
+        rows += [
+            {
+                "image": str(pictures / row["image"]),
+                "question": question,
+                "answer": answer,
+                "split": row["split"],
+            }
+            for question, answer in questions.items()
+        ]
+    Path("vqa.jsonl").write_text("".join(json.dumps({**row, "type": row["question"]}) + "\n" for row in rows))
+    recipe = context_recipe(parts)
+    recipe["data"]["sources"] = [{"path": "vqa.jsonl", "format": "vqa"}]
+    assert run("fit", recipe) == 0
+    metrics = json.loads(Path(recipe["output"], "metrics.json").read_text())["tasks"]["answers"]
+    assert metrics["copied_context"]["by_type"] == {
+        "Is it a color?": 1,
+        "Which color?": 1,
+        "Which shape?": 1,
+        "Which size?": 0,
+    }
+
+
 @pytest.mark.usefixtures("unmeasured")
 def test_a_context_is_added_to_a_model_that_was_trained_without_one(parts, work):
     """With the group `context` only, the model without records stays as it was, bit for bit."""

@@ -3,7 +3,7 @@
 - ``no_context``: the same model without records.
 - ``random_context``: the same model with as many random records.
 - ``context_as_text``: the same model without records; their texts are in the prompt.
-- ``copied_context``: the text of the nearest record, for captions.
+- ``copied_context``: the text of the nearest record, for captions; for questions its answer to the same question.
 
 Records of the media itself, and of exact duplicates, are excluded in all of them.
 """
@@ -36,8 +36,8 @@ def with_context_variants(task: Task, found: RetrievedRecords, tokenizer: PreTra
     lookups = {NO_CONTEXT: plain, RANDOM_CONTEXT: found.drawn(_SEED), CONTEXT_AS_TEXT: plain}
     as_text = partial(_as_text, found=found, tokenizer=tokenizer)
     baselines = dict(task.baselines)
-    if task.name == "captions":
-        baselines[COPIED_CONTEXT] = partial(_copied, task.items, found)
+    if task.name in ("captions", "answers"):
+        baselines[COPIED_CONTEXT] = partial(_copied, task, found)
     altered = {**task.altered, CONTEXT_AS_TEXT: as_text}
     return replace(task, lookups={**task.lookups, **lookups}, altered=altered, baselines=baselines)
 
@@ -55,20 +55,28 @@ def _as_text(sample: Sample, *, found: RetrievedRecords, tokenizer: PreTrainedTo
     if not records:
         return None
     messages = list(sample.conversation.messages)
-    # The last question: the answer after it is the one that is measured.
-    last = max(n for n, message in enumerate(messages) if message.role == "user")
+    last = _last_question(messages)
     prefix = _PREFIX.format("; ".join(record.text for record in records))
     messages[last] = Message("user", [prefix, *messages[last].content])
     conversation = replace(sample.conversation, messages=tuple(messages))
     return with_conversation(sample, conversation, tokenizer)
 
 
-def _copied(items: Sequence[Sample], found: RetrievedRecords) -> list[BaselineAnswer]:
-    """Return the first text of the nearest record of each item; an empty one without records."""
-    nearest = [next(iter(_records(item, found)), None) for item in items]
-    return [
-        BaselineAnswer("")
-        if record is None
-        else BaselineAnswer(record.texts[0], record.name, record.modality)
-        for record in nearest
-    ]
+def _last_question(messages: Sequence[Message]) -> int:
+    """Number of the question whose answer is measured."""
+    return max(n for n, message in enumerate(messages) if message.role == "user")
+
+
+def _copied(task: Task, found: RetrievedRecords) -> list[BaselineAnswer]:
+    """Return what the nearest record says of each item; an empty answer if it has no answer to the item's question."""
+    answers = []
+    for item in task.items:
+        messages = item.conversation.messages
+        # Texts that are no captions begin with their question, see `build_datastore`.
+        question = "" if task.name == "captions" else f"{messages[_last_question(messages)].text} "
+        answer = BaselineAnswer("")
+        for record in _records(item, found)[:1]:
+            said = [text.removeprefix(question) for text in record.texts if text.startswith(question)]
+            answer = BaselineAnswer(said[0], record.name, record.modality) if said else answer
+        answers.append(answer)
+    return answers
