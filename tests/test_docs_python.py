@@ -36,6 +36,15 @@ def test_the_code_of_the_page_trains(tmp_path, monkeypatch):
     assert Path("checkpoints/mine/bindllm.json").is_file()
 
 
+def test_the_reference_has_every_name_that_the_pages_import():
+    docs = PAGE.parent
+    listed = re.findall(r"^::: .*?(\w+)$", (docs / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for page in docs.glob("*.md"):
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for names in re.findall(r"^from bindllm[\w.]* import (.+)$", block, flags=re.MULTILINE):
+                assert set(names.split(", ")) <= set(listed), page.name
+
+
 def test_the_optimizer_of_the_page_exists():
     recipes = [yaml.safe_load(text) for language, text in BLOCKS if language == "yaml"]
     OptimConfig(**next(recipe["model"]["optim"] for recipe in recipes if "model" in recipe))

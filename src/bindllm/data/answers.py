@@ -148,6 +148,11 @@ def is_right(prediction: str, references: Sequence[str], options: Sequence[str] 
 
     The words of a true answer are the whole answer, or all that follows its last "answer is".
 
+    Args:
+        prediction: the answer to judge.
+        references: the true answers.
+        options: the options of a multiple choice, in the order of their letters.
+
     Examples:
         >>> is_right("B", ["The answer is (B)."], ["a rose", "the sea"])
         True

@@ -23,7 +23,11 @@ TASKS = {"caption": "captions", "answer": "answers", "episode": "episodes", "cha
 
 
 def held_out_rows(samples: Callable[[str], Sequence[Sample]]) -> dict[str, list[Sample]]:
-    """Return the rows of each task: the test rows or, if there are none, the validation rows."""
+    """Return the rows of each task: the test rows or, if there are none, the validation rows.
+
+    Args:
+        samples: returns the rows of a split; `BindData.samples`.
+    """
     # A small data set may have only a validation split.
     rows = samples("test") or samples("validation")
     by_task = {name: [row for row in rows if row.task == kind] for kind, name in TASKS.items()}
@@ -44,6 +48,11 @@ def evaluate_held_out(
 
     Args:
         model: the trained model; its training mode is restored at the end.
+        held_out: rows of each task, as `held_out_rows` returns them.
+        train_samples: training rows, from which the baselines without a model take their answers.
+        lookup: returns the embeddings of media groups; that of a `BindData`.
+        shuffled_limit: ask at most this many questions with shuffled media; None: all.
+        progress: show a bar for each variant.
 
     Raises:
         BindLLMError: the only task cannot be measured. If there are several, it is reported as a problem.

@@ -150,11 +150,15 @@ def evaluate_zero_shot(
     once, and so do equal texts: each is right for everything that it belongs to.
 
     Args:
-        encoders: the first one that supports a modality embeds it.
+        dataset: media with their labels or counterparts, as of `read_layout`.
+        encoders: the first encoder that supports a modality embeds it.
+        store: folder of the embedding stores.
+        device: device of the encoders.
         templates: sentences with {} for the class name or the caption; None: the defaults of the modality, and plain
             captions.
         cache: every query is blended with this visual cache, unless the cache skips its modality: the media in
             classification, both directions in retrieval. Candidates are not blended.
+        progress: show a bar.
 
     Raises:
         InputError: no encoder supports a modality, their widths differ, or no media can be read.

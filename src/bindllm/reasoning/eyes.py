@@ -40,7 +40,7 @@ def model_tools(
     """Return the tools that look at media with a model.
 
     Args:
-        model: trained; it may be called from several threads.
+        model: a trained model; it may be called from several threads.
         datastore: records for ``retrieve``; None: those of the model, if it has some.
         max_new_tokens: length of the longest answer to one question.
 

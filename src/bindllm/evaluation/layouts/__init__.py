@@ -46,6 +46,11 @@ classification."""
 def read_layout(name: str, folder: str | Path, choice: Choice | None = None) -> Dataset:
     """Read a data set.
 
+    Args:
+        name: name of the layout, a key of `LAYOUTS`.
+        folder: folder of the data set.
+        choice: the part to read; None: the part that is usually reported.
+
     Raises:
         InputError: an unknown layout, a choice that the layout does not support, or a folder that does not have this
             layout; names the file and, if there is one, the line.
