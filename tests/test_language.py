@@ -36,6 +36,7 @@ PATTERNS = {
     r"\bthere is none\b": "does not exist",
     r"\bat hand\b": "available",
     r"\bput right\b": "fix",
+    r"\b(?:earlier|first|present) form\b|\bmeasured yet\b": "the settings of the variant, not its date",
     r"(?<!b\"a )\bpictures?\b": "image",
     r"\bfilms?\b": "video",
     r"(?i)(?:quanti|token|normali|organi|initiali|generali|optimi|standardi)s(?:e|ed|er|ing|ation)\b": "-ize",
