@@ -86,6 +86,24 @@ def test_vqa_rows_keep_their_questions(work, capsys):
     assert record.texts == ("Which color? red", "Round? no")
 
 
+def test_rows_without_media_and_long_texts_are_counted(checkpoint, capsys):
+    color_images(Path("data"))
+    question = {"question": "Up?", "choices": ["yes", "no"], "answer": 0}
+    rows = [question, {**question, "image": "images/red0.png", "question": "Is this red? " * 9}]
+    Path("data/choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["datastore", "store", "data/choice.jsonl", "--format", "choice"]
+    assert main([*words, "--checkpoint", str(checkpoint), "--allow", "tiny.ColorEncoder"]) == 0
+    printed = capsys.readouterr().out
+    assert "skipped: 1 x a row without media" in printed
+    assert "note: 1 texts are cut to the 32 tokens that the model reads" in printed
+    # The encoders are all that it needs; another model may read the datastore.
+    manifest = json.loads((checkpoint / "bindllm.json").read_text())
+    manifest["decoder"]["name"] = "nowhere"
+    (checkpoint / "bindllm.json").write_text(json.dumps(manifest))
+    assert main([*words, "--checkpoint", str(checkpoint), "--allow", "tiny.ColorEncoder"]) == 0
+    assert "note: long texts were not counted" in capsys.readouterr().out
+
+
 def test_unwanted_answers_are_not_records_and_are_counted(work, capsys):
     color_images(Path("data"))
     rows = [

@@ -136,8 +136,23 @@ def test_files_that_are_missing_or_broken(ask):
     assert answers(shots) == ["red0", "blue0"]
     assert "gone.jsonl: skipped 1 x no such image file (gone.jsonl line 2: images/gone.png)" in err
     assert "gone.jsonl: skipped a shot: images/broken.png" in err
-    # In the order of the table it would be shown, so it is an error.
-    assert "images/broken.png" in ask(*given, code=1)[2]
+    # Also those that are not embedded first.
+    for by in ("order", "text", "random"):
+        shots, _, err = ask(*given, "--shots_by", by)
+        assert sorted(answers(shots)) == ["blue0", "red0"]
+        assert "gone.jsonl: skipped a shot: images/broken.png" in err
+        assert "only 2 of 3 shots were found" in err
+
+
+def test_the_question_is_not_stored(ask):
+    given = ("--shots", "captions.jsonl", "--shots_by", "media", "--store", "other")
+    ask("--image", "images/blue3.png", *given)
+    (folder,) = Path("other").iterdir()
+    before = sorted(folder.iterdir())
+    Path("new.png").write_bytes(Path("images/blue3.png").read_bytes() + b" ")
+    shots, _, _ = ask("--image", "new.png", *given)
+    assert answers(shots)[-1] == "blue square"
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(

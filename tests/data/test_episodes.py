@@ -1,5 +1,6 @@
 """Episodes: what a conversation shows, that classes and images stay apart, and the tables that cannot be used."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,33 @@ def test_labels_may_be_captions_or_names_of_files(tmp_path):
     assert len(draw(table, columns=Columns(label="species"))["train"]) == 12
 
 
+def respelled(tmp_path, change):
+    """The table of labels with the label of each row changed."""
+    table = label_table(tmp_path / "set")
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["label"] = change(row["label"], number)
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table
+
+
+def test_labels_may_be_numbers(tmp_path):
+    table = respelled(tmp_path, lambda label, _: int(label.split()[1]))
+    assert set(draw(table, names="true")["train"][0].options) <= {str(n) for n in range(6)}
+
+
+def test_upper_and_lower_case_make_no_further_class(tmp_path):
+    table = respelled(tmp_path, lambda label, number: label.title() if number % 2 else label)
+    rows, report = read_source(source(table))
+    assert report.classes == 11
+    assert {row.references[0].casefold() for row in rows["test"]} == {f"class {n}" for n in (8, 9, 10)}
+    assert "22 x a label that an earlier row has in another case" in next(report.remarks.lines())
+    # Also between the splits: a name that training has seen would measure memory.
+    table = respelled(tmp_path / "apart", lambda label, _: "Class 8" if label == "class 0" else label)
+    with pytest.raises(InputError, match=r"1 classes have images in several splits \(Class 8\)"):
+        read_source(source(table))
+
+
 def test_check_shows_episodes(table, tmp_path, monkeypatch, capsys, parts):
     monkeypatch.chdir(tmp_path)
     episodes = {"shots": [1, 2], "count": 8, "held_out_count": 2, "test_shots": [0, 2], "negatives": "hard"}
@@ -320,7 +348,7 @@ def test_check_reports_every_wrong_option(table, tmp_path, monkeypatch, capsys, 
         ({"strategy": "2-way", "shots": (1, 2)}, r"shots is \(1, 2\), and strategy 2-way needs one number"),
         ({"shots": (3, 1)}, "the smallest number comes first"),
         ({"shots": -1}, "episodes.shots must be at least 0, not -1"),
-        ({"test_shots": []}, "episodes.test_shots must be at least 0"),
+        ({"test_shots": []}, "episodes.test_shots is empty: give at least one number"),
         ({"count": 0}, "episodes.count must be at least 1, not 0"),
         ({"label_noise": 1.5}, "episodes.label_noise must be from 0 to 1, not 1.5"),
         ({"negatives": "near"}, "episodes.negatives 'near' is unknown"),

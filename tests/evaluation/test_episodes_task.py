@@ -14,6 +14,7 @@ from bindllm.evaluation.episodes import blank_support, episodes_task, exchange_n
 from bindllm.evaluation.held_out import evaluate_held_out, held_out_rows
 from bindllm.media import Media
 from bindllm.model.bindllm import BindLLM
+from bindllm.objectives.rewards import ExactAnswer
 from bindllm.report.summary import KEYS, summarize
 from tiny import tiny_model, tiny_tokenizer
 
@@ -195,6 +196,15 @@ def test_the_strict_and_the_published_metric(model, scripted):
     )
     assert not is_published_right("dax or wug", "dax", ("dax", "wug"))
     assert is_published_right("daxwu", "Dax", ("Dax", "wug"))
+
+
+@pytest.mark.parametrize("answer", ["A", "a. cat", "The answer is (A)."])
+def test_a_letter_is_not_a_name(model, scripted, answer):
+    # The names are not the options of a multiple choice: the answer has exactly the words of the name.
+    scripted(lambda shots, query: answer)
+    metrics, rows = measure(model, ITEMS[:1])
+    assert (metrics["model"]["accuracy"], rows[0]["right"]) == (0, False)
+    assert ExactAnswer()([answer, "dax"], ITEMS[:1] * 2).tolist() == [0, 1]
 
 
 def test_held_out_episodes_are_measured_next_to_other_rows(model, scripted):

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from bindllm import Conversation, Message, Shot
+from bindllm import Conversation, Media, Message, Shot
 from bindllm.cli import main
 from bindllm.cli.zero_shot import TableOptions
 from bindllm.data.report import Skipped
@@ -26,6 +27,7 @@ from bindllm.parallel import RunContext
 from cache_parts import ALLOW, Multimodal, save_tiny_model
 from tiny import color_images, save_tiny_decoder, tiny_model
 
+COUNTS = ("shots", "excluded", "not_fitting", "not_found")
 CHANGED = ["blank_support", "shuffled_support", "wrong_support"]
 
 
@@ -120,7 +122,7 @@ def test_without_shots_it_is_the_task_of_held_out_rows(home, model, prepare):
         model, {"answers": samples}, train_samples=data.train, lookup=data.embeddings
     )
     metrics, plain = found.metrics["answers_0_shots"], expected.metrics["answers"]
-    assert {key: metrics["model"].pop(key) for key in ("shots", "excluded", "not_fitting")}["shots"] == 0
+    assert {key: metrics["model"].pop(key) for key in COUNTS}["shots"] == 0
     assert metrics == plain
     assert [row["model"] for row in found.rows["answers_0_shots"]] == [
         row["model"] for row in expected.rows["answers"]
@@ -163,6 +165,28 @@ def test_shuffled_shots_keep_their_media_if_the_question_has_none(home, model, p
         assert all(one != two for one, two in zip(item.media, other.media, strict=True))
 
 
+def test_a_variant_of_media_is_measured_on_the_prompts_whose_shots_have_media(home, model, prepare):
+    rows, support = read(home / "vqa.jsonl")
+    messages = Message("user", "Up?"), Message("assistant", "red")
+    text = replace(rows[0], conversation=Conversation(messages))
+    task = prepare(rows, [text, *support], by="media").task(1, model)
+    only_text = prepare([*rows, text], [text, text], by="order").task(1, model)
+    for name in ("blank_support", "shuffled_support"):
+        assert None not in map(task.altered[name], task.items)
+        # The prompt would stay the same.
+        assert [only_text.altered[name](item) for item in only_text.items] == [None] * 5
+
+
+def test_a_variant_of_a_part_has_the_metric_of_the_model_on_it(home, model, prepare):
+    rows, support = read(home / "captions.jsonl", "caption")
+    data = prepare(rows, support)
+    task = data.task(1, model)
+    some = replace(task, altered={"wrong_support": lambda item: item if item.number < 2 else None})
+    metrics = evaluate(model, [some], lookup=data.embeddings, variants=["model", "wrong_support"]).metrics
+    assert metrics["captions_1_shots"]["wrong_support"].keys() >= {"cider", "model_cider"}
+    assert "model_cider" not in metrics["captions_1_shots"]["model"]
+
+
 def test_only_the_answer_of_the_question_is_supervised(home, model, prepare):
     (item, *_) = prepare(*read(home / "vqa.jsonl")).task(2, model).items
     answer = item.input_ids[item.prompt_length :]
@@ -193,6 +217,18 @@ def test_copies_of_the_question_are_excluded_and_counted(home, model, prepare, t
     assert all({*item.media[:-1]}.isdisjoint({*item.media[-1:]}) for item in task.items)
     keys = [{data.embeddings.key(m) for group in item.media for m in group} for item in task.items]
     assert all(len(own) == 3 for own in keys)
+
+
+@pytest.mark.parametrize("by", ["order", "random", "media", "text"])
+def test_the_question_in_another_file_format_is_excluded(home, model, prepare, tmp_path, by):
+    rows, support = read(home / "vqa.jsonl")
+    Image.open(rows[0].media[0].source).save(tmp_path / "same.bmp")
+    media = Media.image(tmp_path / "same.bmp")
+    question = Message("user", [media, "Color?"])
+    copy = replace(support[0], conversation=Conversation((question, Message("assistant", "red"))))
+    task = prepare(rows[:1], [copy, *support], by=by).task(9, model)
+    assert task.counts["excluded"] == 1
+    assert media not in [item for group in task.items[0].media for item in group]
 
 
 def test_shots_that_do_not_fit_are_counted(home, model, prepare):
@@ -332,6 +368,9 @@ def test_a_support_of_its_own_and_a_limit(command, home):
     out = command("--num_shots", "1", "--support", str(home / "vqa.jsonl"), "--limit", "5").out
     # Each question is in the support too.
     assert "answers_1_shots: 5 shots" in out
+    many = command("--num_shots", "9", "--shots_by", "order", "--limit", "1").out
+    assert "answers_9_shots: 8 shots, 0 excluded" in many
+    assert "1 not found in the support" in many
     assert "no column 'caption'" in command(*given, code=1).err
 
 
@@ -347,8 +386,10 @@ def test_a_model_with_retrieved_context(command, decoder):
     tiny_model(decoder, encoders=[Multimodal()], context=ContextConfig(latents=2, width=16)).save_pretrained(
         "model"
     )
-    printed = command("--num_shots", "1", "--limit", "1", "--records", "0").out
-    assert printed.startswith("measured without the records of the model")
+    # It has no datastore, and needs none.
+    for words in ([], ["--records", "0"]):
+        printed = command("--num_shots", "1", "--limit", "1", *words).out
+        assert printed.startswith("measured without the records of the model")
 
 
 def test_a_frame_around_the_questions(command):

@@ -109,7 +109,7 @@ def test_an_unwanted_answer_is_not_shown(tmp_path):
 def test_the_order_of_the_table(shots):
     assert Support(shots).choose("?", [], 3).shots == shots[:3]
     assert Support(shots).choose("?", [], 9).shots == shots
-    assert Support(shots).choose("?", [], 0) == ([], 0)
+    assert Support(shots).choose("?", [], 0)[:2] == ([], 0)
 
 
 def test_random_shots_depend_on_the_seed_and_the_question_only(shots):
@@ -183,7 +183,9 @@ def test_the_question_is_never_among_its_shots(shots, images, tmp_path):
 
 def test_a_question_of_text_is_excluded_by_its_words(tmp_path):
     shots = [Shot("2 + 2?", "4"), Shot("1 + 1?", "2")]
-    assert Support(shots).choose(" 2 +  2?", [], 2) == ([shots[1]], 1)
+    assert Support(shots).choose(" 2 +  2?", [], 2)[:2] == ([shots[1]], 1)
+    # A prompt of the command line may be written with combining marks.
+    assert Support([Shot("Caf\u00e9?", "no")]).choose("Cafe\u0301?", [], 2).num_excluded == 1
     # With media, an equal prompt is the rule.
     asked = Media.text("a dog")
     assert Support(shots).choose("2 + 2?", [asked], 2).num_excluded == 0
@@ -191,7 +193,7 @@ def test_a_question_of_text_is_excluded_by_its_words(tmp_path):
 
 def test_shots_that_are_all_the_question(images):
     red = Media.image(images / "red1.png")
-    assert Support([Shot("Color?", "red", [red])] * 3).choose("Color?", [red], 2) == ([], 3)
+    assert Support([Shot("Color?", "red", [red])] * 3).choose("Color?", [red], 2)[:2] == ([], 3)
 
 
 def test_shots_without_media_are_not_the_nearest_by_media(shots, images, tmp_path):

@@ -199,6 +199,8 @@ class ShotOptions:
             UsageError: nearest by media or text, which the question or the model lacks.
         """
         from bindllm.data.embeddings import MediaEmbeddings
+        from bindllm.embeddings.embedder import embed_groups
+        from bindllm.encoders import prepare
         from bindllm.evaluation.support import Support
         from bindllm.parallel import RunContext
 
@@ -206,11 +208,16 @@ class ShotOptions:
         if self.shots_by in RETRIEVED:
             self._check_nearest(model, media)
             context = RunContext(device=model.device, progress=sys.stderr.isatty())
-            # The answer of the question is not known, and no shot is compared by its answer.
-            asked = Shot(prompt, "?", media)
-            failed = support.embed([asked], MediaEmbeddings(model.encoders, self.store), context)
+            failed = support.embed([], MediaEmbeddings(model.encoders, self.store), context)
             _print_notes(f"{self.shots}: skipped a shot: {reason}" for reason in failed.values())
-        chosen, num_excluded = support.choose(prompt, media, self.num_shots)
+            # Not in the store: a cache of its images would count each question as a new one.
+            embed = partial(embed_groups, encoders=model.encoders, device=model.device)
+            support.ask = lambda groups: embed(groups).embeddings
+        if not support.knows_media:
+            # A file that cannot be read costs a shot, not the answer.
+            support.read = partial(prepare, encoders=model.encoders)
+        chosen, num_excluded, failed = support.choose(prompt, media, self.num_shots)
+        _print_notes(f"{self.shots}: skipped a shot: {reason}" for reason in failed)
         if num_excluded:
             _print_notes([f"{self.shots}: skipped {num_excluded} x the question itself"])
         if len(chosen) < self.num_shots:

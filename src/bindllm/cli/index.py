@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from bindllm.cli.arguments import refuse_together
 from bindllm.cli.options import EncoderOptions, print_whole
 from bindllm.data.source_config import Format, SourceConfig, Split
-from bindllm.errors import InputError, UsageError
+from bindllm.errors import DecoderError, InputError, UsageError, printable_lines
 
 if TYPE_CHECKING:
+    from bindllm.embeddings.datastore import Datastore
     from bindllm.embeddings.store import EmbeddingStore
     from bindllm.encoders import Encoder
 
@@ -219,9 +220,34 @@ def datastore(
     for row in rows:
         if row.desirable is False:
             report.skipped.add("the answer is an unwanted one", row.name)
+        elif not row.media:
+            report.skipped.add("a row without media, which no media finds", row.name)
     built = build_datastore((row for row in rows if totals.failed.keys().isdisjoint(row.media)), embeddings)
     built.save(output)
     print(f"datastore {output}: {len(built):,} records of {len(rows):,} rows")
     for line in report.skipped.lines():
         print(f"  skipped: {line}")
+    if encoders.checkpoint is not None:
+        print(printable_lines(_cut_texts(built, encoders.checkpoint)), end="")
     return 0
+
+
+def _cut_texts(built: Datastore, checkpoint: str) -> str:
+    """Return a line about the texts that are longer than a checkpoint reads; empty if there are none."""
+    from bindllm.model.checkpoint import read_manifest
+    from bindllm.model.context.records import RecordReader
+    from bindllm.model.decoder import load_tokenizer
+    from bindllm.model.pretrained import read_configs, read_decoder
+
+    manifest = read_manifest(checkpoint)
+    # The datastore may be for another model with these encoders.
+    if (context := read_configs(checkpoint, manifest)["context"]) is None:
+        return ""
+    try:
+        tokenizer = load_tokenizer(read_decoder(checkpoint, manifest))
+    except DecoderError as error:
+        # The datastore needs no decoder.
+        return f"  note: long texts were not counted: {error}\n"
+    length = context.text_length
+    cut = RecordReader(built, tokenizer, length).num_cut()
+    return f"  note: {cut:,} texts are cut to the {length} tokens that the model reads\n" if cut else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +221,8 @@ def few_shot(
 
     skipped, progress = Skipped(), sys.stderr.isatty()
     rows, support_rows = tables.read(table, skipped)
-    loaded = model.load(checkpoint, overrides, cache=False)
+    # Its records are not read, so it needs no datastore.
+    loaded = replace(model, records=0).load(checkpoint, overrides, cache=False)
     check_texts(shots.shots_by, loaded)
     if loaded.context is not None:
         print("measured without the records of the model (docs/context.md)")
@@ -276,6 +277,8 @@ def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
     """Print a table for each metric: a line for each variant, and a column for each number of shots."""
     from rich.table import Table
 
+    from bindllm.evaluation.task import MAIN_METRICS
+
     tasks = result.metrics
     variants = dict.fromkeys(name for metrics in tasks.values() for name in metrics)
     first = next(iter(tasks.values()))["model"]
@@ -292,6 +295,10 @@ def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
     for name, metrics in tasks.items():
         facts = ", ".join(f"{metrics['model'][key]:,} {words}" for key, words in _COUNTS.items())
         print(f"{name}: {facts}")
+        for variant, own in metrics.items():
+            for metric in MAIN_METRICS:
+                if (same := own.get(f"model_{metric}")) is not None:
+                    print(f"{name}: {variant} has only a part of the prompts, with a {metric} of model of {same:.3f}")
     for line in [
         *(f"skipped: {line}" for line in skipped.lines()),
         *(f"not measured: {name}: {reason}" for name, reason in result.problems.items()),
@@ -303,6 +310,7 @@ _COUNTS = {
     "shots": "shots",
     "excluded": "excluded as the question itself",
     "not_fitting": "without room in the decoder",
+    "not_found": "not found in the support",
 }
 """The counts of a few-shot task, in words."""
 

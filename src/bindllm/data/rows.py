@@ -71,6 +71,11 @@ class Row:
         """All media of the conversation."""
         return tuple(item for group in self.conversation.media_groups for item in group)
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The options that an answer may choose by their letter; the names of an episode have no letters."""
+        return () if self.task == "episode" else self.options
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -110,6 +115,11 @@ class Sample:
         """The media groups that these tokens listen to."""
         # Groups of turns that were dropped are not needed.
         return self.conversation.media_groups[: int(self.media_index.max()) + 1]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The options that an answer may choose by their letter; the names of an episode have no letters."""
+        return () if self.task == "episode" else self.options
 
     @property
     def length(self) -> int:

@@ -185,12 +185,14 @@ class EpisodeConfig:
                 )
         if self.loss not in ("query", "all"):
             raise InputError(f"episodes.loss must be query or all, not {self.loss!r}")
+        if not self.test_shots:
+            raise InputError("episodes.test_shots is empty: give at least one number of shots, such as [0, 1, 4]")
         for name, value, least in (
             ("ways", self.ways, 2),
             ("count", self.count, 1),
             ("held_out_count", self.held_out_count, 1),
             ("shots", min(self.shot_range), 0),
-            ("test_shots", min(self.test_shots, default=-1), 0),
+            ("test_shots", min(self.test_shots), 0),
         ):
             if value < least:
                 raise InputError(f"episodes.{name} must be at least {least}, not {value}")

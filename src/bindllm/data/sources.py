@@ -109,7 +109,19 @@ def _read_rows(config: SourceConfig, number: int, resolve: FolderResolver, repor
             report.skipped.add_error(error, name)
         else:
             found.append((row, config.split or row.split or table_split))
-    return _join_captions(found, resolve, report) if is_caption else found
+    found = _join_captions(found, resolve, report) if is_caption else found
+    return found if config.episodes is None else list(_one_spelling(found, report))
+
+
+def _one_spelling(found: _Found, report: SourceReport) -> Iterator[tuple[Row, Split | None]]:
+    """Yield labeled images; labels that differ in upper and lower case only are one class, as they are one answer."""
+    spelled: dict[str, str] = {}
+    for row, split in found:
+        label, *others = row.references
+        first = spelled.setdefault(label.casefold(), label)
+        if first != label:
+            report.remarks.add("a label that an earlier row has in another case, read as that one", row.name)
+        yield replace(row, references=(first, *others)), split
 
 
 def _records(config: SourceConfig, report: SourceReport) -> Iterator[tuple[str, Record, Split | None]]:
@@ -130,7 +142,11 @@ def _caption_records(config: SourceConfig, report: SourceReport) -> Iterator[tup
             if column not in record and label not in record:
                 report.skipped.add(f"no column {label!r} or {column!r}. {did_you_mean(label, record)}", name)
                 continue
-            record = {**record, column: record.get(label, record.get(column))}
+            name_of_class = record.get(label, record.get(column))
+            # Classes may have numbers for names.
+            if isinstance(name_of_class, int) and not isinstance(name_of_class, bool):
+                name_of_class = str(name_of_class)
+            record = {**record, column: name_of_class}
         captions = json_list(record[column], (str,))
         # An empty list becomes one missing caption, which is counted as skipped.
         for caption in (captions or [None]) if isinstance(captions, list) else [captions]:

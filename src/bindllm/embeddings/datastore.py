@@ -37,7 +37,7 @@ MANIFEST = "datastore.json"
 EMBEDDINGS = "embeddings.safetensors"
 RECORDS = "records.jsonl"
 
-READS_NO_RECORDS = "this model reads no records: train it with model.context, or leave out the datastore"
+READS_NO_RECORDS = "this model reads no records: train it with model.context, or leave out datastore and records"
 
 EQUAL = 1 - 1e-5
 """Cosine from which two media count as exact duplicates; float32 products of equal unit vectors differ by less."""
@@ -302,7 +302,7 @@ def open_datastore(
     if choice is None and not own.exists():
         raise StoreError(
             f"the checkpoint has no datastore ({own}): give one (datastore=FOLDER, --datastore FOLDER), or none "
-            "(datastore=False)"
+            "(datastore=False, --records 0)"
         )
     found = choice if isinstance(choice, Datastore) else Datastore.open(own if choice is None else choice)
     found.check_encoders(encoders)

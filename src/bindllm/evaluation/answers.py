@@ -105,7 +105,7 @@ def accuracy_metrics(items: Sequence[Sample], answers: Sequence[str]) -> Metrics
         ``count`` and ``count_by_type``.
     """
     right = [
-        is_right(answer, item.references, item.options) for item, answer in zip(items, answers, strict=True)
+        is_right(answer, item.references, item.choices) for item, answer in zip(items, answers, strict=True)
     ]
     types: dict[str, list[bool]] = defaultdict(list)
     for item, hit in zip(items, right, strict=True):
@@ -190,7 +190,7 @@ def _row(item: Sample, texts: Mapping[str, str | None], majority: BaselineAnswer
         media=media_name(item),
         modality=group[0].modality if group else None,
         model=texts[MODEL],
-        right=texts[MODEL] is not None and is_right(texts[MODEL], item.references, item.options),
+        right=texts[MODEL] is not None and is_right(texts[MODEL], item.references, item.choices),
         no_media=texts[NO_MEDIA],
         shuffled_media=texts[SHUFFLED_MEDIA],
         majority_answer=majority and majority.text,

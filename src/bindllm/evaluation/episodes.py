@@ -175,8 +175,8 @@ def altered_media(samples: Sequence[Sample], lookup: Lookup) -> dict[str, Callab
 
 
 def blank_support(sample: Sample) -> Sample | None:
-    """Return a sample whose shots have no media; None without shots."""
-    if not _shot_answers(sample):
+    """Return a sample whose shots have no media; None if they have none."""
+    if not _shows_media(sample):
         return None
     index = sample.media_index
     # The last token listens to the question.
@@ -190,17 +190,15 @@ class _MediaExchange:
         self._samples, self._lookup = samples, lookup
 
     def __call__(self, sample: Sample) -> Sample | None:
-        """Return the sample; None without shots.
+        """Return the sample; None if its shots have no media.
 
         Raises:
-            InputError: all shots show the same media, or none shows any.
+            InputError: all shots show the same media.
         """
-        if not _shot_answers(sample):
+        if not _shows_media(sample):
             return None
         if self._partners is None:
-            raise InputError(
-                "all shots show the same media or none, so these cannot be exchanged; use more shots"
-            )
+            raise InputError("all shots show the same media, so these cannot be exchanged; use more shots")
         *shots, question, answer = sample.conversation.messages
         # Media add no text, so the tokens and their media index stay.
         changed = [
@@ -224,6 +222,11 @@ class _MediaExchange:
 def _shot_answers(sample: Sample) -> list[str]:
     """Return the answers of the shots, in their order."""
     return [message.text for message in sample.conversation.messages[:-1] if message.role == "assistant"]
+
+
+def _shows_media(sample: Sample) -> bool:
+    """Return whether a shot has media. If not, a variant of them is the same prompt, and would only dilute a mean."""
+    return any(message.media for message in sample.conversation.messages[:-2])
 
 
 def _nearest(sample: Sample, lookup: Lookup) -> str:

@@ -110,13 +110,15 @@ class FewShotData:
         support.shots = [shot_of(row) for row in one_per_caption(example.row for example in examples)]
         # Their media are embedded already; texts may be compared too.
         support.embed([shot_of(question.row) for question in questions], embeddings, context)
+        support.knows_media = True
         return cls(questions, [example.sample for example in examples], support, embeddings)
 
     def task(self, count: int, model: BindLLM) -> Task:
         """Return the task of a number of shots, such as ``answers_4_shots``.
 
         In the metrics of ``model``, ``shots`` counts those of all prompts together, ``excluded`` those that would have
-        been chosen, but are the question itself, and ``not_fitting`` those without room in the decoder.
+        been chosen, but are the question itself, ``not_fitting`` those without room in the decoder, and ``not_found``
+        those that the support does not have.
         """
         samples = [question.sample for question in self.questions]
         known = {"train_samples": self.train, "tokenizer": model.tokenizer}
@@ -142,7 +144,8 @@ class FewShotData:
         counts = {
             "shots": total,
             "excluded": sum(chosen[n].num_excluded for n in numbers),
-            "not_fitting": sum(len(chosen[n].shots) for n in numbers) - total,
+            "not_fitting": (found := sum(len(chosen[n].shots) for n in numbers)) - total,
+            "not_found": count * len(numbers) - found,
         }
         variants = {
             "altered": {

@@ -6,13 +6,14 @@ Nearest by media is RICES; by media first, then by text among those, is MMICES (
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
 
+from bindllm.conversation.guard import in_nfc
 from bindllm.data.collate import Lookup
 from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.episodes.draw import draw_in_turn
@@ -20,6 +21,7 @@ from bindllm.data.report import SourceReport
 from bindllm.data.rows import Row
 from bindllm.data.source_config import SourceConfig
 from bindllm.data.sources import read_source
+from bindllm.embeddings.datastore import EQUAL
 from bindllm.errors import InputError, MediaError
 from bindllm.media import Media
 from bindllm.parallel import RunContext
@@ -82,10 +84,12 @@ class Chosen(NamedTuple):
 
     Args:
         num_excluded: shots that would have been chosen, but are the question itself (see `Support.choose`).
+        failed: why shots that would have been chosen cannot be read.
     """
 
     shots: list[Shot]
     num_excluded: int
+    failed: Sequence[str] = ()
 
 
 @dataclass
@@ -95,6 +99,9 @@ class Support:
     Args:
         nearest_first: the nearest shot comes first in the prompt, instead of last.
         lookup: returns the embeddings of media groups; needed to find the nearest.
+        ask: returns the embeddings of the groups of a question; None: ``lookup`` does.
+        read: called with each media of a shot that would be chosen; a shot that it cannot read is skipped.
+        knows_media: whether all media have embeddings, not only those that are compared.
     """
 
     shots: Sequence[Shot]
@@ -102,6 +109,9 @@ class Support:
     seed: int = 0
     nearest_first: bool = False
     lookup: Lookup | None = None
+    ask: Lookup | None = None
+    read: Callable[[Media], object] | None = None
+    knows_media: bool = False
     # Content hashes of the media of each shot; the row of each shot and the vectors, once they are needed.
     _hashes: dict[int, frozenset[str]] = field(default_factory=dict)
     _vectors: dict[str, tuple[dict[int, int], Tensor]] = field(default_factory=dict)
@@ -125,6 +135,7 @@ class Support:
         self.lookup = embeddings
         if self.by not in RETRIEVED:
             return {}
+        self.knows_media |= self.by != "text"
         needed = {shot: self._compared(shot) for shot in self.shots}
         asked = [media for question in questions for media in self._compared(question)]
         totals = embeddings.precompute(
@@ -141,20 +152,31 @@ class Support:
     def choose(self, prompt: str, media: Sequence[Media], count: int) -> Chosen:
         """Return at most ``count`` shots for a question.
 
-        A shot is excluded if it shows media of the question (the same content, whatever the file is called), or, if
-        neither has media, if its prompt is that of the question.
+        A shot is excluded if it shows media of the question (the same content, whatever the file is called, or an equal
+        embedding, if embeddings are known), or, if neither has media, if its prompt is that of the question.
 
         Raises:
             InputError: nearest by media, but the question or every shot has none.
-            MediaError: a file of the question or of a shot cannot be read.
+            MediaError: a file of the question cannot be read; or one of a shot, without ``read``.
         """
-        own, excluded = _content(media), 0
+        own, excluded, failed = _content(media), 0, []
+        near = self._near(prompt, media) if count else {}
+        # The same pixels in another format, for example.
+        equal = {n for n, cosine in near.items() if cosine >= EQUAL}
 
         def allowed(order: Iterable[int]) -> Iterator[int]:
             nonlocal excluded
             for n in order:
-                if self._is_question(n, prompt, own):
-                    excluded += 1
+                try:
+                    if n in equal or self._is_question(n, prompt, own):
+                        excluded += 1
+                        continue
+                    for item in self.shots[n].media if self.read else ():
+                        self.read(item)
+                except MediaError as error:
+                    if self.read is None:
+                        raise
+                    failed.append(str(error))
                 else:
                     yield n
 
@@ -166,7 +188,8 @@ class Support:
             draw = random.Random("\n".join([str(self.seed), prompt, *sorted(own)]))
             order = allowed(draw_in_turn(range(len(self.shots)), draw))
         else:
-            near = self._similarities("text" if self.by == "text" else "media", prompt, media)
+            if self.by == "text":
+                near = self._similarities("text", prompt, media)
             order = allowed(sorted(near, key=near.__getitem__, reverse=True))
             if self.by == "media_text":
                 near = self._similarities("text", prompt, media)
@@ -175,12 +198,19 @@ class Support:
         chosen = [self.shots[n] for n in islice(order, count)]
         if self.by in RETRIEVED and not self.nearest_first:
             chosen.reverse()
-        return Chosen(chosen, excluded)
+        return Chosen(chosen, excluded, failed)
+
+    def _near(self, prompt: str, media: Sequence[Media]) -> dict[int, float]:
+        """Return the cosine of the media of the question and of each shot; empty if they are not known or compared."""
+        compared = self.by in ("media", "media_text")
+        known = self.knows_media and media and any(shot.media for shot in self.shots)
+        return self._similarities("media", prompt, media) if compared or known else {}
 
     def _is_question(self, n: int, prompt: str, own: frozenset[str]) -> bool:
         shot = self.shots[n]
         if not (own or shot.media):
-            return shot.prompt.split() == prompt.split()
+            # As `Message` writes a text.
+            return in_nfc(shot.prompt).split() == in_nfc(prompt).split()
         if n not in self._hashes:
             self._hashes[n] = _content(shot.media)
         return not own.isdisjoint(self._hashes[n])
@@ -209,7 +239,7 @@ class Support:
                 "the question has no media, so no shot is the nearest by media; choose another way"
             )
         rows, vectors = self._vectors[kind]
-        query = self.lookup([_text(prompt) if kind == "text" else tuple(media)])[0]
+        query = (self.ask or self.lookup)([_text(prompt) if kind == "text" else tuple(media)])[0]
         # Rounded, so that equal media stay equal in whatever order the products are summed.
         found = (vectors @ query).round(decimals=6).tolist()
         return {n: found[row] for n, row in rows.items()}

@@ -63,6 +63,8 @@ VARIANTS = {
 }
 """The variants of each task of held-out rows, as the report shows them."""
 
+MAIN_METRICS = ("accuracy", "cider")
+
 OTHER = "other"
 """Type, subset or language of items without one, if other items have one."""
 _LABELS = ("subset", "language")
@@ -140,8 +142,8 @@ class Evaluation:
 
     Attributes:
         metrics: metrics of each variant of each task. ``loss`` is in nats per supervised token and ``perplexity`` its
-            exponential. If a variant was measured on a part of the items, ``model_accuracy`` is the accuracy of
-            ``model`` on the same part. ``by_subset`` has the metrics of each subset, if the items have subsets, and
+            exponential. If a variant was measured on a part of the items, ``model_accuracy`` or ``model_cider`` is that
+            of ``model`` on the same part. ``by_subset`` has the metrics of each subset, if the items have subsets, and
             ``by_language`` those of each language; each subset has its languages too. A number that could not be
             measured is None.
         rows: one JSON-able row per item, for tasks that have rows.
@@ -260,9 +262,10 @@ def _metrics(run: _Run, variant: str, loss: float | None, answers: Mapping[str, 
     # A metric may need an optional package; its absence must not cost the losses and the rows.
     scored = run.attempt(f"{variant} metrics", lambda: _scored(metric, items, list(given.values())))
     metrics |= metric([], []) if scored is None else scored
-    # The accuracy of a part is comparable only with the model's accuracy on the same part.
-    if "accuracy" in metrics and 0 < len(items) < len(task.items) and (own := answers[MODEL]):
-        metrics["model_accuracy"] = metric(items, [own[n] for n in given])["accuracy"]
+    # The metric of a part is comparable only with the model's on the same part.
+    main = next((name for name in MAIN_METRICS if metrics.get(name) is not None), None)
+    if main and 0 < len(items) < len(task.items) and (own := answers[MODEL]):
+        metrics[f"model_{main}"] = metric(items, [own[n] for n in given])[main]
     return metrics
 
 

@@ -73,7 +73,7 @@ def load_model(
     opened = choose_cache(cache, parts["cache_config"], known, checkpoint=folder)
     own = None if parts["context"] is None else Path(folder, DATASTORE)
     store = open_datastore(datastore, parts["encoders"], own=own)
-    if records is not None and own is None:
+    if records and own is None:
         raise InputError(READS_NO_RECORDS)
     model = kind.build(config, device=device, is_probed=True, **parts)
     # Every tensor must match by name and shape, so that a wrong checkpoint fails here.
@@ -84,7 +84,7 @@ def load_model(
             "(bfloat16 has the range of float32)"
         )
     model.cache, model.bind.num_tokens, model.datastore = opened, tokens, store
-    if records is not None:
+    if records is not None and own is not None:
         model.context.num_records = records
     return model.eval()
 

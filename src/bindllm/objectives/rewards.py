@@ -56,7 +56,7 @@ class ExactAnswer(Reward):
     def __call__(self, answers: Sequence[str], samples: Sequence[Sample]) -> Tensor:
         """Return 0 or 1 for each answer, [R]."""
         pairs = zip(answers, samples, strict=True)
-        return torch.tensor([float(is_right(text, row.references, row.options)) for text, row in pairs])
+        return torch.tensor([float(is_right(text, row.references, row.choices)) for text, row in pairs])
 
 
 class OptionLetter(Reward):
@@ -95,7 +95,7 @@ class OptionLetter(Reward):
 
     def _one(self, text: str, sample: Sample) -> float:
         # A wrong option earns 0, which may be more than an answer that chooses none.
-        chosen = option_letter(text, sample.options)
+        chosen = option_letter(text, sample.choices)
         return self.unreadable if chosen is None else float(chosen in _letters(sample))
 
 
@@ -167,6 +167,4 @@ _SHARED: dict[str, Callable[[Sequence[str], Sequence[str]], int]] = {
 
 def _letters(row: Row | Sample) -> set[str]:
     """Return the options that the reference answers of a row choose."""
-    if not row.options:
-        return set()
-    return {letter for text in row.references if (letter := option_letter(text, row.options))}
+    return {letter for text in row.references if (letter := option_letter(text, row.choices))}

@@ -83,9 +83,7 @@ class Item:
     @property
     def letter(self) -> str | None:
         """Letter of the right option of a multiple choice."""
-        # The options of an episode are its names, and have no letters.
-        has_letters = self.row.options and self.row.task != "episode"
-        return option_letter(self.references[0], self.row.options) if has_letters else None
+        return option_letter(self.references[0], self.row.choices) if self.row.choices else None
 
     @property
     def target(self) -> str | list[str]:
