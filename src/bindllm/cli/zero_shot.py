@@ -298,7 +298,9 @@ def _show_few_shot(result: Evaluation, skipped: Skipped) -> None:
         for variant, own in metrics.items():
             for metric in MAIN_METRICS:
                 if (same := own.get(f"model_{metric}")) is not None:
-                    print(f"{name}: {variant} has only a part of the prompts, with a {metric} of model of {same:.3f}")
+                    print(
+                        f"{name}: {variant} has only a part of the prompts, with a {metric} of model of {same:.3f}"
+                    )
     for line in [
         *(f"skipped: {line}" for line in skipped.lines()),
         *(f"not measured: {name}: {reason}" for name, reason in result.problems.items()),

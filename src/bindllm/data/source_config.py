@@ -186,7 +186,9 @@ class EpisodeConfig:
         if self.loss not in ("query", "all"):
             raise InputError(f"episodes.loss must be query or all, not {self.loss!r}")
         if not self.test_shots:
-            raise InputError("episodes.test_shots is empty: give at least one number of shots, such as [0, 1, 4]")
+            raise InputError(
+                "episodes.test_shots is empty: give at least one number of shots, such as [0, 1, 4]"
+            )
         for name, value, least in (
             ("ways", self.ways, 2),
             ("count", self.count, 1),

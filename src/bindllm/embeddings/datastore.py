@@ -37,7 +37,9 @@ MANIFEST = "datastore.json"
 EMBEDDINGS = "embeddings.safetensors"
 RECORDS = "records.jsonl"
 
-READS_NO_RECORDS = "this model reads no records: train it with model.context, or leave out datastore and records"
+READS_NO_RECORDS = (
+    "this model reads no records: train it with model.context, or leave out datastore and records"
+)
 
 EQUAL = 1 - 1e-5
 """Cosine from which two media count as exact duplicates; float32 products of equal unit vectors differ by less."""
