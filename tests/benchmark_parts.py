@@ -15,10 +15,10 @@ from tiny import COLORS
 from tiny_layouts import esc50, modelnet
 
 
-def image(file: Path, color: str = "red") -> Path:
+def image(file: Path, color: str = "red", size: int = 8) -> Path:
     """Write a plain image, and the folders above it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((8, 8, 3), COLORS[color], dtype=np.uint8)).save(file)
+    Image.fromarray(np.full((size, size, 3), COLORS[color], dtype=np.uint8)).save(file)
     return file
 
 
@@ -258,18 +258,22 @@ def vl_icl(folder: Path) -> Path:
     for color, path in paths.items():
         image(folder / path, color)
         image(folder / "operator_induction" / f"{color}.png", color)
+        # A question is never among its shots.
+        for task in ("open_mi", "operator_induction"):
+            image(folder / task / f"asked-{color}.png", color, size=9)
     classes = list(paths)
     shown = {color: {"images": [path] * 5, "caption": f"This is a {color}."} for color, path in paths.items()}
     query = {"question": "This is a", "classes": classes, "support": shown}
     write(
         folder / "open_mi/query.json",
-        [{**query, "image": [paths[color]], "answer": color} for color in classes],
+        [{**query, "image": [f"open_mi/asked-{color}.png"], "answer": color} for color in classes],
     )
     write(folder / "open_mi/support.json", [])
     rows = [
         {"image": [f"operator_induction/{color}.png"], "question": "What is the result?"} for color in COLORS
     ]
-    asked = [{**row, "answer": n, "operator": "-"} for n, row in enumerate(rows)]
+    images = [{"image": [f"operator_induction/asked-{color}.png"]} for color in COLORS]
+    asked = [{**rows[n], **images[n], "answer": n, "operator": "-"} for n in range(len(rows))]
     write(folder / "operator_induction/query.json", asked)
     write(
         folder / "operator_induction/support.json",
@@ -280,8 +284,8 @@ def vl_icl(folder: Path) -> Path:
 
 def isekai(folder: Path) -> Path:
     for n in range(9):
-        image(folder / "ISEKAI-10" / f"pos{n}.png", "red")
-        image(folder / "ISEKAI-10" / f"neg{n}.png", "blue")
+        image(folder / "ISEKAI-10" / f"pos{n}.png", "red", size=8 + n)
+        image(folder / "ISEKAI-10" / f"neg{n}.png", "blue", size=8 + n)
     row = {
         "positive_list": [f"pos{n}.png" for n in range(8)],
         "negative_list": [f"neg{n}.png" for n in range(8)],

@@ -31,6 +31,9 @@ class Listener:
             if item.modality != "text" and not Path(item.source).exists():
                 raise FileNotFoundError(f"{item.source}: no such file")
 
+    def prepare(self, media):
+        """As an encoder: it reads all files."""
+
     def stream(self, conversation, *, recent, **options):
         self.asked.append(conversation.messages)
         self.options.append(options)

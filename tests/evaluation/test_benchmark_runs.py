@@ -16,7 +16,7 @@ import torch
 from benchmark_parts import BUILDERS, captions, image, mme, pope, questions, scienceqa, vl_icl
 from bindllm import BindLLM, Media, Message
 from bindllm.cli import main
-from bindllm.data.rows import tokenize
+from bindllm.data.rows import make_sample, tokenize
 from bindllm.embeddings.datastore import Datastore, Record
 from bindllm.errors import InputError
 from bindllm.evaluation import evaluate
@@ -27,11 +27,12 @@ from bindllm.evaluation.benchmarks.bootstrap import compare_folders, differences
 from bindllm.evaluation.benchmarks.folder import EvaluationFolder, find_evaluations
 from bindllm.evaluation.benchmarks.metrics import ACCURACY, MME, YES_NO
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.evaluation.benchmarks.shots import support_variants
 from bindllm.evaluation.benchmarks.vqa import read_questions
 from bindllm.model.context import ContextConfig
 from bindllm.report.benchmark import write_page
 from cache_parts import ALLOW, Words, save_tiny_model
-from tiny import save_tiny_decoder, tiny_model
+from tiny import COLORS, save_tiny_decoder, tiny_model
 from two_processes import run_pair, told
 
 
@@ -213,6 +214,52 @@ def test_the_caption_of_the_media_itself_is_not_copied(measure, tmp_path):
     done = measure("captions", root=tmp_path, output="same")
     assert "nearest_caption" not in done.lines
     assert "nearest_caption was not measured: all media are the same" in done.facts["notes"]
+
+
+@pytest.mark.parametrize("name", ["vl_icl", "isekai"])
+def test_questions_with_shots_have_the_controls_of_shots(measure, tmp_path, name):
+    folder = BUILDERS[name](tmp_path / name)
+    done = measure(name, root=folder)
+    own = {line["id"]: line for line in done.lines["model"]}
+    for variant in ("blank_support", "shuffled_support", "wrong_support"):
+        assert {line["id"] for line in done.lines[variant]} <= own.keys()
+        assert done.lines[variant]
+    shots = {key for key, line in own.items() if line["groups"]["shots"][0] != "0"}
+    for variant in ("copy_last", "majority_shot"):
+        assert {line["id"] for line in done.lines[variant]} == shots
+    assert {line["answer"] for line in done.lines["copy_last"]} <= (
+        {"octopus", "octopus vacuum"} if name == "isekai" else {*COLORS, *(str(n) for n in (10, 11, 12, 13))}
+    )
+
+
+@pytest.mark.parametrize("name", ["vl_icl", "isekai"])
+def test_wrong_shots_have_other_answers(model, tmp_path, name):
+    items = read_items(BENCHMARKS[name], BUILDERS[name](tmp_path / name), prompt="{question}").items
+    short = [item for item in items if len(item.row.conversation.messages) < 12]
+    samples = [make_sample(item.row, model.tokenizer, 512) for item in short]
+    wrong = support_variants(samples, None, model.tokenizer, 500)["wrong_support"]
+    for sample in samples:
+        changed, before = wrong(sample), sample.conversation.messages
+        if len(before) == 2:
+            assert changed is None
+            continue
+        after = changed.conversation.messages
+        assert [m.media for m in after] == [m.media for m in before]
+        assert after[-1] == before[-1]
+        assert changed.conversation.examples == sample.conversation.examples
+        shots = zip(before[1:-2:2], after[1:-2:2], strict=True)
+        assert all(one.text != other.text for one, other in shots)
+    too_long = support_variants(samples, None, model.tokenizer, 1)["wrong_support"]
+    assert all(too_long(sample) is None for sample in samples)
+
+
+def test_a_question_among_its_shots_is_not_asked(measure, tmp_path):
+    folder = vl_icl(tmp_path / "vl_icl")
+    # A copy under another name.
+    shutil.copy(folder / "open_mi/red.png", folder / "open_mi/asked-red.png")
+    done = measure("vl_icl", root=folder)
+    assert done.facts["skipped"] == {"the question is among its shots": 3}
+    assert "open_mi/0/0 shots" in [line["id"] for line in done.lines["model"]]
 
 
 def test_files_that_have_changed_are_refused(measure, folder):
@@ -404,6 +451,7 @@ OWN = """
 from bindllm.evaluation.benchmarks import Benchmark, Entry
 from bindllm.evaluation.benchmarks.metrics import ACCURACY
 from bindllm.evaluation.benchmarks.parsers import whole
+from bindllm.evaluation.benchmarks.shots import support_variants
 
 def read(folder):
     for n, file in enumerate(sorted(folder.glob("val2014/*.jpg"))):

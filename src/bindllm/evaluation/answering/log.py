@@ -136,6 +136,11 @@ def read_lines(path: Path, *, is_finished: bool = False) -> list[Line]:
     return lines
 
 
+def prompt_sha256(text: str) -> Line:
+    """Return the field of a line for the text that the decoder reads before it answers."""
+    return {"prompt_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
 def media_sha256(hashes: Iterable[str]) -> Line:
     """Return the field of a line for the content of its media, from the hash of each; empty without media."""
     joined = " ".join(hashes)

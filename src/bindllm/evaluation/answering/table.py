@@ -5,7 +5,6 @@ A row that cannot be read or answered is in the output with its error, in its pl
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -28,7 +27,7 @@ from bindllm.data.tables import read_table
 from bindllm.embeddings.embedder import RecentEmbeddings
 from bindllm.errors import InputError, MediaError
 from bindllm.evaluation.answering import loaded_settings
-from bindllm.evaluation.answering.log import AnswerLog, Line, changed_question, media_sha256
+from bindllm.evaluation.answering.log import AnswerLog, Line, changed_question, media_sha256, prompt_sha256
 from bindllm.media import MODALITIES
 from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
@@ -231,7 +230,7 @@ def _read(
     # The question that a line answers: a changed table must not mix two. The content of media is `_hashed` later.
     asked = repr([(m.role, m.content, *([m.fields] if m.fields else [])) for m in question.messages])
     asked += repr(question.tools) if question.tools else ""
-    line["prompt_sha256"] = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+    line |= prompt_sha256(asked)
     return _Row(number, {**line, "prompt": text, **({"notes": list(remarks)} if remarks else {})}, question)
 
 

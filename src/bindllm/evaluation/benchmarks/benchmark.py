@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bindllm.conversation.messages import RowError
 from bindllm.data.answers import answer_words, option_letter
+from bindllm.data.embeddings import MediaEmbeddings
 from bindllm.data.formats import answer_of, read_row
 from bindllm.data.formats.media import FolderResolver
 from bindllm.data.report import Skipped
@@ -25,6 +26,8 @@ from bindllm.errors import InputError, did_you_mean
 from bindllm.evaluation.benchmarks.metrics import Line, Metric
 from bindllm.evaluation.layouts.dataset import NO_FILE
 from bindllm.media import Media
+from bindllm.model.bindllm import BindLLM
+from bindllm.parallel import Processes, RunContext
 from bindllm.shots import Shot, add_shots
 
 if TYPE_CHECKING:
@@ -96,6 +99,9 @@ class Item:
         """Media of the question itself; those of its shots are not included."""
         return self.row.conversation.messages[-2].media
 
+
+UNREADABLE, COPIED = "the media cannot be read", "the question is among its shots"
+"""Why a question is not asked."""
 
 Parser = Callable[[str, Item], Any]
 """Returns the answer that a text gives, JSON-able, or None if it gives none: it is counted as unparsed, and wrong."""
@@ -317,6 +323,37 @@ def _limited(entries: Sequence[Entry], limit: int) -> list[Entry]:
         kept.add(unit)
         total += sizes[unit]
     return [entry for entry in entries if entry.unit in kept]
+
+
+def embed_items(
+    model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes
+) -> MediaEmbeddings:
+    """Embed all media once, and count those that cannot be read."""
+    modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
+    embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
+    context = RunContext(processes, model.device, progress=progress)
+    media = [media for item in found.items for media in item.row.media]
+    failed = embeddings.precompute(media, context).failed
+    if processes.world_size > 1:
+        # Now all of them are stored: each process only reads their keys.
+        failed = embeddings.precompute(media, RunContext(device=model.device)).failed
+    broken = {item.id: failed[media] for item in found.items for media in item.row.media if media in failed}
+    found.drop(dict.fromkeys(broken, UNREADABLE))
+    if not found.items:
+        raise InputError(f"no media can be read: {'; '.join([*broken.values()][:3])}")
+    copied = [item.id for item in found.items if _is_shown_twice(item, embeddings)]
+    found.drop(dict.fromkeys(copied, COPIED))
+    if not found.items:
+        raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
+    return embeddings
+
+
+def _is_shown_twice(item: Item, embeddings: MediaEmbeddings) -> bool:
+    """Return whether the question shows media of one of its shots, whatever the file is called."""
+    *shots, question = (
+        {*map(embeddings.key, message.media)} for message in item.row.conversation.messages[:-1]
+    )
+    return any(not question.isdisjoint(shot) for shot in shots)
 
 
 def majority_answers(items: Sequence[Item]) -> list[str]:

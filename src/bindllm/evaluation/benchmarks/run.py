@@ -2,12 +2,11 @@
 
 Controls of the model are measured on a quarter of the questions each, so two of them cost at most half of the main run:
 ``no_media``, the same as gates of zero, and ``shuffled_media``. ``majority_answer`` and ``nearest_caption`` cost
-nothing and have all questions.
+nothing and have all questions. Questions with shots also have the controls of few-shot prompts (docs/few-shot.md).
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -38,9 +37,17 @@ from bindllm.evaluation.answering import (
     choice_batches,
     loaded_settings,
 )
-from bindllm.evaluation.answering.log import changed_question, media_sha256
+from bindllm.evaluation.answering.log import changed_question, media_sha256, prompt_sha256
 from bindllm.evaluation.benchmarks import Benchmark, find_benchmark
-from bindllm.evaluation.benchmarks.benchmark import Item, Items, line_of, majority_answers, read_items
+from bindllm.evaluation.benchmarks.benchmark import (
+    UNREADABLE,
+    Item,
+    Items,
+    embed_items,
+    line_of,
+    majority_answers,
+    read_items,
+)
 from bindllm.evaluation.benchmarks.bootstrap import by_group, intervals, media_sentence
 from bindllm.evaluation.benchmarks.captions import (
     caption_note,
@@ -52,6 +59,8 @@ from bindllm.evaluation.benchmarks.captions import (
 from bindllm.evaluation.benchmarks.folder import FORMAT, Evaluation, EvaluationFolder, home_of
 from bindllm.evaluation.benchmarks.metrics import Line
 from bindllm.evaluation.benchmarks.parsers import letter
+from bindllm.evaluation.benchmarks.shots import support_variants
+from bindllm.evaluation.episodes import copied_answers
 from bindllm.evaluation.layouts.dataset import NO_FILE
 from bindllm.evaluation.task import (
     MAJORITY_ANSWER,
@@ -67,12 +76,10 @@ from bindllm.model.bindllm import BindLLM
 from bindllm.model.checkpoint import fingerprint_checkpoint
 from bindllm.model.context.records import RecordReader
 from bindllm.model.decoder import num_positions
-from bindllm.parallel import SINGLE_PROCESS, Processes, RunContext
+from bindllm.parallel import SINGLE_PROCESS, Processes
 
 CONTROL_SHARE = 4
 """One of so many units is asked in each control of the model."""
-
-UNREADABLE = "the media cannot be read"
 
 _SEED, _TEMPERATURE = 0, 0.7
 
@@ -216,7 +223,7 @@ def evaluate(
     folder = EvaluationFolder(Path(output or default))
     with ExitStack() as stack, eval_mode(model):
         known = processes.from_first(partial(_start, folder, facts, stack))
-        embeddings = _embed(model, found, store, progress, processes)
+        embeddings = embed_items(model, found, store, progress, processes)
         run = _Run(model, benchmark, chosen, root, known, folder, processes)
         lines = run.measure(found, embeddings, progress)
         facts |= _results(run, lines, found, time.perf_counter() - started)
@@ -235,23 +242,12 @@ def _choices(model: BindLLM, settings: Settings) -> dict[str, Any]:
     return {**loaded_settings(model), "voted_by": settings.parser if settings.samples else None}
 
 
-def _embed(
-    model: BindLLM, found: Items, store: str | Path, progress: bool, processes: Processes
-) -> MediaEmbeddings:
-    """Embed all media once, and count those that cannot be read."""
-    modalities = model.bind_config.token_modalities if model.bind.num_tokens > 1 else ()
-    embeddings = MediaEmbeddings(model.encoders, store, token_modalities=modalities)
-    context = RunContext(processes, model.device, progress=progress)
-    media = [media for item in found.items for media in item.row.media]
-    failed = embeddings.precompute(media, context).failed
-    if processes.world_size > 1:
-        # Now all of them are stored: each process only reads their keys.
-        failed = embeddings.precompute(media, RunContext(device=model.device)).failed
-    broken = {item.id: failed[media] for item in found.items for media in item.row.media if media in failed}
-    found.drop(dict.fromkeys(broken, UNREADABLE))
-    if not found.items:
-        raise InputError(f"no media can be read: {'; '.join([*broken.values()][:3])}")
-    return embeddings
+class _View(NamedTuple):
+    """A variant of the model: positions of its questions, how it gets them, and their embeddings."""
+
+    positions: list[int]
+    samples: Sequence[Sample]
+    lookup: Lookup
 
 
 @dataclass
@@ -280,24 +276,14 @@ class _Run:
         self._lines = {(line["variant"], line["id"]): line for line in self.known}
         self._score = self.benchmark.scorer(self.items)
         self._hashes = [
-            _prompt_sha256(sample, self.model) | media_sha256(map(embeddings.key, item.row.media))
+            prompt_sha256(self.model.tokenizer.decode(sample.input_ids[: sample.prompt_length]))
+            | media_sha256(map(embeddings.key, item.row.media))
             for item, sample in zip(self.items, samples, strict=True)
         ]
         lines: dict[str, list[Line]] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not progress) as bar:
-            for variant, positions in self._variants(samples).items():
-                own, view = [samples[n] for n in positions], lookup
-                if variant == NO_MEDIA:
-                    own = without_media(own)
-                elif variant == SHUFFLED_MEDIA:
-                    try:
-                        view = shuffle_media(own, lookup)
-                    except InputError:
-                        self.notes.append(
-                            f"{variant} was not measured: its {len(own):,} questions show the same media"
-                        )
-                        continue
+            for variant, (positions, own, view) in self._views(samples, lookup).items():
                 task = bar.add_task(f"{self.benchmark.name}: {variant}", total=len(own))
                 made = {n: line for n in positions if (line := self._known(variant, n))}
                 bar.update(task, completed=len(made))
@@ -316,6 +302,11 @@ class _Run:
         if self.settings.controls and (baseline := self._baseline(lookup)):
             name, texts = baseline
             lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
+            # One without shots has no answer to copy.
+            asked = [n for n, sample in enumerate(samples) if len(sample.conversation.messages) > 2]
+            for name, copied in copied_answers([samples[n] for n in asked]).items() if asked else ():
+                found_answers = zip(asked, copied(), strict=True)
+                lines[name] = [self._line(name, n, answer.text) for n, answer in found_answers]
         if self.settings.tokenizer == "ptb":
             score_as_published(lines.values(), self.items, self.settings.spice)
         if self.benchmark.format == "caption":
@@ -326,12 +317,12 @@ class _Run:
         """Return the tokens of the items; those that do not fit into the decoder are dropped and counted."""
         made, failed = {}, {}
         tokenizer = self.model.tokenizer
-        positions, room = num_positions(self.model.decoder.config), self.settings.max_new_tokens or 1
+        positions = num_positions(self.model.decoder.config)
         for item in found.items:
             try:
                 # Never cut: a question without its end is another question.
                 sample = made[item.id] = make_sample(item.row, tokenizer, sys.maxsize)
-                if positions is not None and sample.prompt_length + room > positions:
+                if self._limit is not None and sample.prompt_length > self._limit:
                     raise InputError(f"a prompt longer than the {positions:,} positions of the decoder")
             except InputError as error:
                 failed[item.id] = str(error)
@@ -339,6 +330,12 @@ class _Run:
         if not found.items:
             raise InputError(f"no question can be asked: {'; '.join(found.skipped.lines())}")
         return [made[item.id] for item in found.items]
+
+    @property
+    def _limit(self) -> int | None:
+        """Tokens that a prompt may have."""
+        positions = num_positions(self.model.decoder.config)
+        return None if positions is None else positions - (self.settings.max_new_tokens or 1)
 
     def _lookup(self, embeddings: MediaEmbeddings, samples: Sequence[Sample]) -> Lookup:
         """Return the lookup of the model: of embeddings, and of records if it reads any."""
@@ -352,19 +349,31 @@ class _Run:
             self.notes.append(f"records that show the media of the questions were not read: {own:,}")
         return found
 
-    def _variants(self, samples: Sequence[Sample]) -> dict[str, list[int]]:
-        """Return the positions of each variant of the model."""
-        found = {MODEL: list(range(len(samples)))}
+    def _views(self, samples: Sequence[Sample], lookup: Lookup) -> dict[str, _View]:
+        """Return the questions of each variant of the model."""
+        found = {MODEL: _View([*range(len(samples))], samples, lookup)}
         units = sorted({item.unit for item, sample in zip(self.items, samples, strict=True) if sample.media})
         if not self.settings.controls or not units:
             return found
         drawn = set(random.Random(_SEED).sample(units, max(1, len(units) // CONTROL_SHARE)))
-        part = [
-            n
-            for n, (item, sample) in enumerate(zip(self.items, samples, strict=True))
-            if item.unit in drawn and sample.media
-        ]
-        return {**found, NO_MEDIA: part, SHUFFLED_MEDIA: part}
+        part = [n for n, item in enumerate(self.items) if item.unit in drawn and samples[n].media]
+        own = [samples[n] for n in part]
+        found[NO_MEDIA] = _View(part, without_media(own), lookup)
+        try:
+            found[SHUFFLED_MEDIA] = _View(part, own, shuffle_media(own, lookup))
+        except InputError:
+            self.notes.append(
+                f"{SHUFFLED_MEDIA} was not measured: its {len(own):,} questions show the same media"
+            )
+        for name, change in support_variants(samples, lookup, self.model.tokenizer, self._limit).items():
+            try:
+                changed = {n: made for n in part if (made := change(samples[n]))}
+            except InputError as error:
+                self.notes.append(f"{name} was not measured: {error}")
+                continue
+            if changed:
+                found[name] = _View([*changed], [*changed.values()], lookup)
+        return found
 
     def _answers(
         self, samples: Sequence[Sample], positions: Sequence[int], lookup: Lookup, done: Sequence[bool]
@@ -462,12 +471,6 @@ class _Run:
             self.notes.append(f"{NEAREST_CAPTION} was not measured: all media are the same")
             return None
         return MAJORITY_ANSWER, majority_answers(self.items)
-
-
-def _prompt_sha256(sample: Sample, model: BindLLM) -> Line:
-    """Return the field of a line for the text that the decoder reads before it answers."""
-    text = model.tokenizer.decode(sample.input_ids[: sample.prompt_length])
-    return {"prompt_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
 
 
 def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, seconds: float) -> dict[str, Any]:

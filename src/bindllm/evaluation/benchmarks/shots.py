@@ -1,24 +1,34 @@
 """Learning from examples in the prompt: VL-ICL (arXiv 2403.13164) and ISEKAI (arXiv 2308.07891).
 
 Each question is asked with several numbers of shots, which are groups. Images of one turn are fused into one embedding.
+The controls of the shots are those of few-shot prompts, for every benchmark with shots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from bindllm.atomic import read_json
+from bindllm.data.collate import Lookup
+from bindllm.data.rows import Sample, with_conversation
 from bindllm.data.source_config import EpisodeConfig, SourceConfig
 from bindllm.data.sources import read_source
 from bindllm.errors import InputError
 from bindllm.evaluation.benchmarks import parsers
 from bindllm.evaluation.benchmarks.benchmark import Benchmark, Entry, Item, right_or_wrong
 from bindllm.evaluation.benchmarks.metrics import ACCURACY
-from bindllm.evaluation.episodes import is_published_right
+from bindllm.evaluation.episodes import altered_media, exchange_names, is_published_right
+from bindllm.evaluation.few_shot import wrong_answers
 from bindllm.evaluation.layouts.dataset import Files
+from bindllm.evaluation.task import WRONG_SUPPORT
+from bindllm.shots import Shot, add_shots
 
 _SHOTS = (0, 1, 2, 4)
 _WITH_NUMBERS = ("operator_induction", "operator_induction_interleaved", "clevr")
@@ -114,6 +124,43 @@ def read_isekai(folder: Path) -> Iterator[Entry]:
             yield Entry(f"{name}/{row.name}", {}, {"list": name, "shots": row.subset}, row=row)
         for reason, count in report.skipped.counts.items():
             yield from (Entry(f"{name}/{reason} {n}", {}, problem=reason) for n in range(count))
+
+
+def support_variants(
+    samples: Sequence[Sample], lookup: Lookup, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, Callable[[Sample], Sample | None]]:
+    """Return the variants that change the shots of a sample; None: it has none, or they do not fit.
+
+    Args:
+        limit: tokens that a prompt may have.
+
+    Raises:
+        InputError: by a variant, if all shots are equal.
+    """
+    change = cache(lambda: wrong_answers(shot for sample in samples for shot in _shots_of(sample)))
+
+    def wrong(sample: Sample) -> Sample | None:
+        if not (shots := _shots_of(sample)):
+            return None
+        # The names of an episode are exchanged within it.
+        make = partial(exchange_names, sample)
+        if sample.task != "episode":
+            question = replace(sample.conversation, messages=sample.conversation.messages[-2:], examples=0)
+            make = partial(with_conversation, sample, add_shots(question, [change()(shot) for shot in shots]))
+        try:
+            made = make(tokenizer=tokenizer)
+        except InputError:
+            # Longer than the decoder reads.
+            return None
+        return made if limit is None or made.prompt_length <= limit else None
+
+    return {**altered_media(samples, lookup), WRONG_SUPPORT: wrong}
+
+
+def _shots_of(sample: Sample) -> list[Shot]:
+    messages = sample.conversation.messages[:-2]
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    return [Shot(question.text, answer.text, question.media) for question, answer in pairs]
 
 
 BENCHMARKS = (
