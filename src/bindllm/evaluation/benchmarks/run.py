@@ -299,14 +299,8 @@ class _Run:
                 lines[variant] = [made[n] for n in positions]
         if self.settings.controls and self.settings.rationales:
             self.notes.append("the controls keep the rationales, which may describe the right media")
-        if self.settings.controls and (baseline := self._baseline(lookup)):
-            name, texts = baseline
-            lines[name] = [self._line(name, n, text) for n, text in enumerate(texts)]
-            # One without shots has no answer to copy.
-            asked = [n for n, sample in enumerate(samples) if len(sample.conversation.messages) > 2]
-            for name, copied in copied_answers([samples[n] for n in asked]).items() if asked else ():
-                found_answers = zip(asked, copied(), strict=True)
-                lines[name] = [self._line(name, n, answer.text) for n, answer in found_answers]
+        for name, texts in (self._baselines(samples, lookup) if self.settings.controls else {}).items():
+            lines[name] = [self._line(name, n, text) for n, text in texts.items()]
         if self.settings.tokenizer == "ptb":
             score_as_published(lines.values(), self.items, self.settings.spice)
         if self.benchmark.format == "caption":
@@ -463,14 +457,20 @@ class _Run:
             **({} if probability is None else {"probability": round(probability, 6)}),
         }
 
-    def _baseline(self, lookup: Lookup) -> tuple[str, list[str]] | None:
-        """Return name and answers of the control without a model; None: it is not defined."""
-        if self.benchmark.format == "caption":
-            if any(texts := nearest_captions(self.items, lookup)):
-                return NEAREST_CAPTION, texts
+    def _baselines(self, samples: Sequence[Sample], lookup: Lookup) -> dict[str, dict[int, str]]:
+        """Return the answers of the controls without a model, by the positions of their questions."""
+        found = {}
+        if self.benchmark.format != "caption":
+            found[MAJORITY_ANSWER] = dict(enumerate(majority_answers(self.items)))
+        elif any(texts := nearest_captions(self.items, lookup)):
+            found[NEAREST_CAPTION] = dict(enumerate(texts))
+        else:
             self.notes.append(f"{NEAREST_CAPTION} was not measured: all media are the same")
-            return None
-        return MAJORITY_ANSWER, majority_answers(self.items)
+        # A question without shots has no answer to copy.
+        asked = [n for n, sample in enumerate(samples) if len(sample.conversation.messages) > 2]
+        for name, copied in copied_answers([samples[n] for n in asked]).items() if asked else ():
+            found[name] = {n: answer.text for n, answer in zip(asked, copied(), strict=True)}
+        return found
 
 
 def _results(run: _Run, lines: Mapping[str, Sequence[Line]], found: Items, seconds: float) -> dict[str, Any]:
