@@ -186,6 +186,21 @@ def test_a_context_token_of_kind_cross_makes_its_word_more_likely(decoder):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_token_finds_what_followed_its_own_word(decoder, position):
+    """From the start: an untrained model with an open gate continues a record's text, whatever its words are."""
+    model = context_model(decoder, context=WORDS, inject=InjectConfig(kind="cross"))
+    batch, given = tiny_batch(), records(count=1, length=4)
+    text = torch.tensor([9, 3, 7, 5])
+    given["context_ids"] = text.expand(2, 1, 1, 4)
+    batch["input_ids"][:, -1] = text[position]
+    before = model(**batch, **given).logits
+    model.injection.context_gates[-1] = 0.05
+    gained = (model(**batch, **given).logits - before)[:, -1]
+    assert gained.argmax(-1).tolist() == [text[position + 1].item()] * 2
+
+
+@torch.no_grad()
 def test_the_word_before_is_in_the_keys_of_kind_cross_only(decoder):
     """So a text token can find what followed its own word in a record, and does not say that word again."""
     model = context_model(decoder, context=WORDS, inject=InjectConfig(kind="cross"))

@@ -208,8 +208,7 @@ class ContextWords(ContextNetwork):
 
     Args:
         width: ``D``, the decoder's hidden size.
-        before: whether the word before follows each token, for keys only: a text token finds what followed its own word
-            in a record, as induction heads do (Olsson et al., arXiv 2209.11895).
+        before: whether the word before follows each token, for keys only, see `CrossReader`.
 
     Examples:
         >>> network = ContextWords(64, ContextConfig(latents="all")).eval()

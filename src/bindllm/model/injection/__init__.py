@@ -33,6 +33,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -237,6 +238,11 @@ class Injection(nn.Module):
             self._prepare(running, self.reader, decoder.dtype)
             if running.retrieved is not None:
                 self._prepare(running.retrieved, self.context_reader, decoder.dtype)
+                if self.context_reader.reads_words:
+                    # Of the same table as those of the records. Without token ids, those of the input.
+                    running.retrieved.words = (
+                        F.embedding(tokens, self.words(decoder)) if tokens.dim() == 2 else tokens
+                    )
         RUNNING.set(running)
         return args, kwargs
 
@@ -299,9 +305,8 @@ class Injection(nn.Module):
         """Return the term of kind ``cross`` of layer ``index`` for bind or context tokens, [B, T, D]."""
         masked = None if context.masked is None else context.masked.squeeze(3)
         # Closed for tokens without a group.
-        return reader(index, hidden, *context.terms[index], gates[index], masked) * context.route.any(
-            -1, keepdim=True
-        )
+        term = reader(index, hidden, *context.terms[index], gates[index], masked, context.words)
+        return term * context.route.any(-1, keepdim=True)
 
     def _attend(self, index: int, projection: nn.Module, args: tuple, features: Tensor) -> None:
         """Several bind tokens, or context tokens: after the query projection [B, T, C], compute the terms."""

@@ -42,6 +42,7 @@ class BindContext:
             training those of kind ``cross``, else None.
         arrivals: number of terms that were added in this forward.
         retrieved: the same for context tokens, which are always read by attention; None without any.
+        words: word embeddings of the tokens, [B, T, D], for context tokens that have the word before each; else None.
     """
 
     bind: Tensor
@@ -50,6 +51,7 @@ class BindContext:
     terms: dict[int, Any] | None = None
     arrivals: int = 0
     retrieved: BindContext | None = None
+    words: Tensor | None = None
 
     @classmethod
     def of(

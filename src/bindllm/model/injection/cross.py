@@ -30,12 +30,15 @@ class CrossReader(nn.Module):
     """The queries and keys of all served layers.
 
     Args:
-        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only.
+        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only. It is
+            the word before, and queries get the word of their own token: query and key of the same word point to each other
+            from the start, so a token finds what followed its own word (induction; Olsson et al., arXiv 2209.11895).
         has_sink: whether a further key and value of zeros take attention that no token deserves. So a reader can add
             nothing ("softmax off by one"; the attention sinks of Xiao et al., arXiv 2309.17453).
 
     Attributes:
-        query: query projections, zeros at the start, so that each bind token counts the same, [L, R, D, d].
+        query: query projections, [L, R, K, d]. Zeros at the start, so that each bind token counts the same; behind
+            their first ``D`` entries a copy of those of the keys.
         key: key projections, [L, R, K, d].
     """
 
@@ -44,9 +47,10 @@ class CrossReader(nn.Module):
     ) -> None:
         super().__init__()
         key_width = width if key_width is None else key_width
-        self.width, self.has_sink = width, has_sink
-        self.query = nn.Parameter(torch.zeros(num_layers, HEADS, width, HEAD_SIZE))
+        self.width, self.has_sink, self.reads_words = width, has_sink, key_width > width
         self.key = nn.Parameter(torch.randn(num_layers, HEADS, key_width, HEAD_SIZE) * key_width**-0.5)
+        same = [torch.zeros(num_layers, HEADS, width, HEAD_SIZE), self.key.detach()[:, :, width:]]
+        self.query = nn.Parameter(torch.cat(same, 2))
 
     def keys_and_values(self, bind: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Return for each layer scaled keys [B, R, d, M * N] and values [B, 1, M * N, D].
@@ -63,7 +67,14 @@ class CrossReader(nn.Module):
         return [(own, values.unsqueeze(1)) for own in keys.unbind()]
 
     def forward(
-        self, index: int, hidden: Tensor, keys: Tensor, values: Tensor, gates: Tensor, masked: Tensor | None
+        self,
+        index: int,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        gates: Tensor,
+        masked: Tensor | None,
+        words: Tensor | None = None,
     ) -> Tensor:
         """Return what layer ``index`` adds to hidden states, [B, T, D].
 
@@ -74,11 +85,14 @@ class CrossReader(nn.Module):
             hidden: output of the layer, [B, T, D].
             gates: of the layer, [R].
             masked: bind tokens that a token does not attend to, [B, 1, T, M * N], or None.
+            words: word embeddings of the tokens, [B, T, D]; for keys that are wider than values.
         """
         size = hidden.float().pow(2).mean(-1, keepdim=True).add(_EPS).sqrt()
-        query = torch.einsum(
-            "btd,rde->brte", (hidden / size).to(values.dtype), self.query[index].to(values.dtype)
-        )
+        source = (hidden / size).to(values.dtype)
+        if words is not None:
+            words = nn.functional.rms_norm(words, words.shape[-1:], eps=_EPS)
+            source = torch.cat([source, words.to(values.dtype)], -1)
+        query = torch.einsum("btd,rde->brte", source, self.query[index].to(values.dtype))
         scores = query @ keys
         if masked is not None:
             scores = scores.masked_fill(masked, -torch.inf)
