@@ -58,6 +58,8 @@ def with_tiny_parts(recipe: dict, parts: Path) -> dict:
     for part in ("inject", "adapter"):
         if "layers" in (recipe["model"].get(part) or {}):
             recipe["model"][part]["layers"] = 1
+    if "width" in (recipe["model"].get("context") or {}):
+        recipe["model"]["context"]["width"] = 16
     recipe["data"]["sources"] = [
         {"path": str(parts / "pictures"), "format": "caption"} for _ in recipe["data"]["sources"]
     ]
