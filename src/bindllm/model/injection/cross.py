@@ -30,8 +30,8 @@ class CrossReader(nn.Module):
     """The queries and keys of all served layers.
 
     Args:
-        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only. It is
-            the word before, and queries get the word of their own token: query and key of the same word point to each other
+        key_width: ``K``, of the tokens that are read; the rest behind their first ``D`` entries is for keys only. It
+            is the word before, and queries get the word of their own token: those of the same word point to each other
             from the start, so a token finds what followed its own word (induction; Olsson et al., arXiv 2209.11895).
         has_sink: whether a further key and value of zeros take attention that no token deserves. So a reader can add
             nothing ("softmax off by one"; the attention sinks of Xiao et al., arXiv 2309.17453).
