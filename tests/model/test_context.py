@@ -143,6 +143,24 @@ def test_rows_of_a_batch_equal_single_rows(decoder, parts):
 
 
 @torch.no_grad()
+def test_answers_with_a_cache_are_those_of_whole_forwards(decoder, parts):
+    """A step sees one token only, and context tokens must be read as if it saw all of them."""
+    model = context_model(decoder, context_gates=2.0, **parts)
+    batch, given = tiny_batch(**bind_tokens(parts)), records()
+    answers = model.generate_from(**batch, **given, max_new_tokens=6, do_sample=False)
+    prompt = batch["input_ids"].shape[1]
+    for _ in range(answers.shape[1]):
+        chosen = model(**batch, **given).logits[:, -1].argmax(-1, keepdim=True)
+        same = {"media_index": batch["media_index"][:, -1:], "attention_mask": torch.ones_like(chosen)}
+        for name, more in {"input_ids": chosen, **same}.items():
+            batch[name] = torch.cat([batch[name], more], 1)
+    for answer, expected in zip(answers.tolist(), batch["input_ids"][:, prompt:].tolist(), strict=True):
+        ends = [n for n, token in enumerate(answer) if token != expected[n]]
+        # Padding after the end of an answer is the only difference.
+        assert not ends or answer[ends[0] - 1] == model.tokenizer.eos_token_id
+
+
+@torch.no_grad()
 def test_the_order_of_records_does_not_matter_but_that_of_words_does(decoder, parts):
     model = context_model(decoder, context_gates=2.0, **parts)
     batch, given = tiny_batch(**bind_tokens(parts)), records()
