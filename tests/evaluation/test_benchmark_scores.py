@@ -339,7 +339,7 @@ def test_a_class_is_named_by_whole_words():
 def test_the_majority_answer_counts_spellings_together():
     rows = [("no",), ("No.", "nope"), ("no way",), ("Yes",), ("yes.",), ("yes", "yes"), ("no way",)]
     items = [
-        Item(str(n), SimpleNamespace(references=row, options=(), language=""), {}, "")
+        Item(str(n), SimpleNamespace(references=row, options=(), choices=(), language=""), {}, "")
         for n, row in enumerate(rows)
     ]
     assert majority_answers(items) == ["Yes"] * 7
