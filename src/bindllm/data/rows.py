@@ -27,8 +27,20 @@ Task = Literal["caption", "answer", "episode", "chat"]
 only by their loss."""
 
 
+class _WithOptions:
+    """What `Row` and `Sample` share."""
+
+    task: Task
+    options: tuple[str, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The options that an answer may choose by their letter; the names of an episode have no letters."""
+        return () if self.task == "episode" else self.options
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(_WithOptions):
     """One conversation of a source.
 
     Args:
@@ -71,14 +83,9 @@ class Row:
         """All media of the conversation."""
         return tuple(item for group in self.conversation.media_groups for item in group)
 
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The options that an answer may choose by their letter; the names of an episode have no letters."""
-        return () if self.task == "episode" else self.options
-
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Sample(_WithOptions):
     """One row, ready for a batch. The arrays are int64 and have one entry per token, [T].
 
     Args:
@@ -115,11 +122,6 @@ class Sample:
         """The media groups that these tokens listen to."""
         # Groups of turns that were dropped are not needed.
         return self.conversation.media_groups[: int(self.media_index.max()) + 1]
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The options that an answer may choose by their letter; the names of an episode have no letters."""
-        return () if self.task == "episode" else self.options
 
     @property
     def length(self) -> int:

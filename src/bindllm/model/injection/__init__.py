@@ -240,9 +240,8 @@ class Injection(nn.Module):
                 self._prepare(running.retrieved, self.context_reader, decoder.dtype)
                 if self.context_reader.reads_words:
                     # Of the same table as those of the records. Without token ids, those of the input.
-                    running.retrieved.words = (
-                        F.embedding(tokens, self.words(decoder)) if tokens.dim() == 2 else tokens
-                    )
+                    words = F.embedding(tokens, self.words(decoder)) if tokens.dim() == 2 else tokens
+                    running.retrieved.words = F.rms_norm(words, words.shape[-1:], eps=1e-6).to(decoder.dtype)
         RUNNING.set(running)
         return args, kwargs
 

@@ -85,12 +85,11 @@ class CrossReader(nn.Module):
             hidden: output of the layer, [B, T, D].
             gates: of the layer, [R].
             masked: bind tokens that a token does not attend to, [B, 1, T, M * N], or None.
-            words: word embeddings of the tokens, [B, T, D]; for keys that are wider than values.
+            words: word embeddings of the tokens at unit scale, [B, T, D]; for keys that are wider than values.
         """
         size = hidden.float().pow(2).mean(-1, keepdim=True).add(_EPS).sqrt()
         source = (hidden / size).to(values.dtype)
         if words is not None:
-            words = nn.functional.rms_norm(words, words.shape[-1:], eps=_EPS)
             source = torch.cat([source, words.to(values.dtype)], -1)
         query = torch.einsum("btd,rde->brte", source, self.query[index].to(values.dtype))
         scores = query @ keys
