@@ -42,7 +42,7 @@ class BindContext:
             training those of kind ``cross``, else None.
         arrivals: number of terms that were added in this forward.
         retrieved: the same for context tokens, which are always read by attention; None without any.
-        words: word embeddings of the tokens at unit scale, [B, T, D], if context tokens have the word before; else None.
+        words: word embeddings of the tokens, [B, T, D], of unit scale; None if no context token has the word before it.
     """
 
     bind: Tensor
