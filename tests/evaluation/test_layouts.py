@@ -9,7 +9,7 @@ import pytest
 import tiny_layouts as tiny
 from bindllm.errors import InputError
 from bindllm.evaluation.layouts import Choice, Column, read_layout
-from bindllm.evaluation.layouts.dataset import clip_stems, read_classes
+from bindllm.evaluation.layouts.dataset import Files, clip_stems, read_classes
 from bindllm.media.points import open_points
 from tiny_layouts import write, write_json
 
@@ -127,6 +127,23 @@ def test_audioset_has_several_labels_and_lost_clips(tmp_path):
     assert dataset.classes == [("Speech",), ("Dog, domestic",), ("Car",)]
     assert (dataset.kind, dataset.num_listed) == ("tag", 5)
     assert list(dataset.skipped.lines()) == ["1 x the file does not exist (vanishedxxx from 0 s)"]
+
+
+@pytest.mark.parametrize(
+    "find", [lambda files: files.find("1.png"), lambda files: files.find_stem(["0", "1"])]
+)
+def test_one_of_several_files_of_one_name_is_not_taken_by_chance(tmp_path, find):
+    for folder in ("train", "val"):
+        write(tmp_path / folder / "1.png", "the same")
+    assert find(Files(tmp_path, "image")) == str(tmp_path / "train" / "1.png")
+    write(tmp_path / "val" / "1.png", "another")
+    with pytest.raises(InputError, match=r"train/1.png and .*val/1.png have the same name.* keep the one of"):
+        find(Files(tmp_path, "image"))
+    files = Files(tmp_path, "image")
+    # Below another folder, and below the given ones.
+    assert files.find("val/1.png", "images") == str(tmp_path / "val" / "1.png")
+    assert files.find("1.png", "images", "val") == str(tmp_path / "val" / "1.png")
+    assert files.find("2.png") is files.find_stem(["2"]) is None
 
 
 def test_names_of_clips():

@@ -5,6 +5,7 @@ Errors name file and line.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import math
 import os
@@ -155,40 +156,55 @@ def suffixes_of(modality: str) -> frozenset[str]:
 class Files:
     """The files below a folder by name, as archives are unpacked into different folders.
 
-    Files whose name starts with a dot are ignored (macOS adds one for each file of an archive). Among files of the same
-    name the first in alphabetical order counts.
+    Files whose name starts with a dot are ignored (macOS adds one for each file of an archive).
 
     Args:
         folder: folder to search; it is read once, at the first lookup.
+
+    Raises:
+        InputError: `find` and `find_stem` find several files of one name that differ.
     """
 
     def __init__(self, folder: Path, modality: str) -> None:
         self._folder, self._suffixes = folder, suffixes_of(modality)
-        self._names: dict[str, str] | None = None
+        self._names: dict[str, list[str]] | None = None
         self._stems: dict[str, str] = {}
 
     def find(self, name: str, *folders: str) -> str | None:
-        """Return the path of a file."""
+        """Return the path of a file: below one of these folders, else the one whose path ends with the name."""
         # Before the index is made, because walking through a large archive takes long.
         for folder in folders:
             if os.path.isfile(file := os.path.join(self._folder, folder, name)):
                 return file
-        return self._index().get(os.path.basename(name))
+        files = self._index().get(os.path.basename(name), [])
+        return self._only([file for file in files if file.endswith(os.path.join(os.sep, name))] or files)
 
     def find_stem(self, stems: Iterable[str]) -> str | None:
         """Return the path of the first file with one of these names, suffix excluded."""
-        self._index()
-        return next((self._stems[stem] for stem in stems if stem in self._stems), None)
+        names = self._index()
+        found = next((self._stems[stem] for stem in stems if stem in self._stems), None)
+        return found and self._only(names[found])
 
-    def _index(self) -> dict[str, str]:
+    def _only(self, files: list[str]) -> str | None:
+        """Return the first file; archives often have the same one twice."""
+        if other := next(
+            (file for file in files[1:] if not filecmp.cmp(files[0], file, shallow=False)), None
+        ):
+            raise InputError(
+                f"{files[0]} and {other} have the same name, and the table of the data set gives no folder that tells "
+                "which one is meant: keep the one of this data set"
+            )
+        return files[0] if files else None
+
+    def _index(self) -> dict[str, list[str]]:
         if self._names is None:
             self._names = {}
             # Sorted, so that the choice between files of one name does not depend on the file system.
             for file in sorted(walk(self._folder)):
                 stem, suffix = os.path.splitext(os.path.basename(file))
                 if not self._suffixes or suffix.lower() in self._suffixes:
-                    self._names.setdefault(stem + suffix, file)
-                    self._stems.setdefault(stem, file)
+                    self._names.setdefault(stem + suffix, []).append(file)
+                    self._stems.setdefault(stem, stem + suffix)
         return self._names
 
 
