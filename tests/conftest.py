@@ -13,6 +13,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 from docstring_parser.attrdoc import AttributeDocstrings
+from hypothesis import HealthCheck, settings
+
+# The same inputs in each run, however slow the machine is.
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("same")
 
 # Imports and collection make millions of objects and no garbage. See `pytest_runtestloop`.
 gc.disable()

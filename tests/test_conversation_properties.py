@@ -5,7 +5,7 @@ from __future__ import annotations
 from unicodedata import normalize
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bindllm.conversation import Conversation, Message, control_tokens, end_tokens, render
@@ -59,7 +59,7 @@ texts = st.lists(st.one_of(pieces, characters), max_size=5).map("".join)
 answers = texts.filter(lambda text: text.strip())
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 templates = pytest.mark.parametrize("template", TEMPLATES)
-fast = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+fast = settings(max_examples=40)
 
 
 def using(kind: str, template: str):

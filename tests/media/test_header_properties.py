@@ -20,7 +20,7 @@ from bindllm.media.points import open_points
 from bindllm.media.video import read_frames
 from recordings import numbered, video_file, wav
 
-FEW, MANY = (settings(max_examples=count, deadline=None, derandomize=True) for count in (12, 60))
+FEW, MANY = (settings(max_examples=count) for count in (12, 60))
 RANDOM = np.random.default_rng(0)
 # EXIF orientations, as what was done to the upright image before it was stored.
 STORED = {

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bombs
@@ -256,13 +256,13 @@ def check_fuzzed(client, path: str, body: dict) -> None:
         assert answer.json()["error"]["message"].isprintable()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60)
 @given(messages=_messages, fields=_fields)
 def test_fuzzed_chats_are_answered_or_explained(client, messages, fields):
     check_fuzzed(client, CHAT, {"max_tokens": 1, **fields, "messages": messages})
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40)
 @given(parts=_parts, fields=_fields)
 def test_fuzzed_content_parts(client, parts, fields):
     check_fuzzed(
@@ -270,7 +270,7 @@ def test_fuzzed_content_parts(client, parts, fields):
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40)
 @given(values=_values, fields=_fields)
 def test_fuzzed_embeddings_and_responses(client, values, fields):
     check_fuzzed(client, "/v1/embeddings", {"input": values, **fields})
