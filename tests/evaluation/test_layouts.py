@@ -137,11 +137,13 @@ def test_one_of_several_files_of_one_name_is_not_taken_by_chance(tmp_path, find)
         write(tmp_path / folder / "1.png", "the same")
     assert find(Files(tmp_path, "image")) == str(tmp_path / "train" / "1.png")
     write(tmp_path / "val" / "1.png", "another")
-    with pytest.raises(InputError, match=r"train/1.png and .*val/1.png have the same name.* keep the one of"):
+    with pytest.raises(
+        InputError, match=r"train/1.png and .*val/1.png have the same name and differ.* keep only the one"
+    ):
         find(Files(tmp_path, "image"))
     files = Files(tmp_path, "image")
     # Below another folder, and below the given ones.
-    assert files.find("val/1.png", "images") == str(tmp_path / "val" / "1.png")
+    assert files.find("./val/1.png", "images") == str(tmp_path / "val" / "1.png")
     assert files.find("1.png", "images", "val") == str(tmp_path / "val" / "1.png")
     assert files.find("2.png") is files.find_stem(["2"]) is None
 

@@ -177,7 +177,9 @@ class Files:
             if os.path.isfile(file := os.path.join(self._folder, folder, name)):
                 return file
         files = self._index().get(os.path.basename(name), [])
-        return self._only([file for file in files if file.endswith(os.path.join(os.sep, name))] or files)
+        return self._only(
+            [file for file in files if file.endswith(os.path.join(os.sep, os.path.normpath(name)))] or files
+        )
 
     def find_stem(self, stems: Iterable[str]) -> str | None:
         """Return the path of the first file with one of these names, suffix excluded."""
@@ -191,8 +193,8 @@ class Files:
             (file for file in files[1:] if not filecmp.cmp(files[0], file, shallow=False)), None
         ):
             raise InputError(
-                f"{files[0]} and {other} have the same name, and the table of the data set gives no folder that tells "
-                "which one is meant: keep the one of this data set"
+                f"{files[0]} and {other} have the same name and differ, and the table does not name the folder: keep "
+                "only the one of this data set"
             )
         return files[0] if files else None
 
